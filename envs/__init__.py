@@ -1,0 +1,113 @@
+"""Text environments in Gymnasium's vocabulary.
+
+    sciworld   ScienceWorld, the unmodified simulator, one server object an environment
+    pool       worker processes that host environments and are asked from asyncio
+
+An environment is one module with one subclass of `TextEnv`; `load` names it.
+"""
+
+import importlib
+from abc import abstractmethod
+from typing import Any, ClassVar, TypedDict
+
+import gymnasium
+from pydantic import BaseModel
+
+MALFORMED = ""
+"""The action that stands for a reply holding no action at all."""
+
+MALFORMED_OBSERVATION = "Your reply holds no action. End it with a line that starts with 'Action:'."
+"""What every environment answers to `MALFORMED`."""
+
+SPLITS = ("train", "seen", "unseen")
+"""train: the policy learns from them; seen: new tasks of known kinds or rooms; unseen: the hardest shift on offer."""
+
+
+class Info(TypedDict):
+    """The info dict of `TextEnv.reset` and `TextEnv.step`."""
+
+    reward: float
+    """The episode's reward so far, in [0, 1]: the sum of the step rewards."""
+    success: bool
+    """Whether the task is solved; each environment's docstring says what that means."""
+    valid: bool
+    """Whether the last action was understood."""
+
+
+class TextEnv(gymnasium.Env[str, str]):
+    """A text environment: Gymnasium's contract, with a task chosen at `reset`.
+
+    Observations and actions are strings. A step's reward is what it added to the episode's reward, so rewards add up
+    to the episode's. `terminated` says that the task is over, `truncated` that its step limit is reached. The empty
+    action (`MALFORMED`) costs a step, leaves the world and the reward alone and is answered by `MALFORMED_OBSERVATION`.
+
+    One environment is used by one caller at a time. `close` may be called twice.
+    """
+
+    name: ClassVar[str]
+    """Name of the environment in ids and on the command line."""
+    instruction: ClassVar[str]
+    """First message of every episode: the rules, the actions and the reply's form."""
+    example: ClassVar[list[tuple[str, str]]]
+    """One worked example as (user, assistant) message pairs, for prompts that carry one."""
+    Settings: ClassVar[type[BaseModel]]
+    """The `env.<name>` section of a recipe."""
+
+    @abstractmethod
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:  # type: ignore[override]
+        """Begin the task whose content id is `options["task"]`; the observation is the task's text.
+
+        Raises:
+            ValueError: no such task.
+        """
+
+    @abstractmethod
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:  # type: ignore[override]
+        """Take one action; returns observation, reward, terminated, truncated, info."""
+
+    @abstractmethod
+    def tasks(self, split: str) -> list[str]:
+        """Content ids of a split's tasks (`SPLITS`), in a fixed order."""
+
+    @abstractmethod
+    def valid_actions(self) -> list[str]:
+        """Every action that the environment would understand now, sorted; may be slow."""
+
+    @abstractmethod
+    def expert(self, task: str) -> list[tuple[str, str]]:
+        """A solution of the task as (thought, action) pairs, from the environment's own knowledge.
+
+        Plays the task in this environment to write thoughts that follow from the observations; the next call must be
+        `reset`. A solution is not promised to reach the full reward: whoever keeps it replays it first.
+
+        Raises:
+            LookupError: the environment knows no solution; says why.
+        """
+
+    @classmethod
+    @abstractmethod
+    def kind(cls, task: str) -> str:
+        """The kind of a task, which tables are broken down by (`sciworld:boil:3` -> `boil`)."""
+
+    @classmethod
+    @abstractmethod
+    def fingerprint(cls, settings: Any) -> str:
+        """What the episodes depend on besides the task: package version and data, hashed. Fast: starts nothing."""
+
+    @classmethod
+    @abstractmethod
+    def unknown_verb(cls, action: str) -> str | None:
+        """The verb of an action that the environment's grammar does not know, or None."""
+
+
+def load(name: str) -> type[TextEnv]:
+    """The environment class called `name`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    modules = {"sciworld": "ScienceWorld"}
+    if name not in modules:
+        raise ValueError(f"Unknown environment {name!r}; known: {', '.join(sorted(modules))}.")
+    env: type[TextEnv] = getattr(importlib.import_module(f"envs.{name}"), modules[name])
+    return env

@@ -1,0 +1,1 @@
+"""Direct Multi-Turn Preference Optimization (arXiv 2406.14868), end to end: one module a stage."""
