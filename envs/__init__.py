@@ -8,7 +8,7 @@ An environment is one module with one subclass of `TextEnv`; `load` names it.
 
 import importlib
 from abc import abstractmethod
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import gymnasium
 from pydantic import BaseModel
@@ -32,6 +32,16 @@ class Info(TypedDict):
     """Whether the task is solved; each environment's docstring says what that means."""
     valid: bool
     """Whether the last action was understood."""
+
+
+class ExpertStep(NamedTuple):
+    """One step of an expert's solution."""
+
+    thought: str
+    """Why this action, in a sentence."""
+    action: str
+    observation: str
+    """What the environment answered when the solution was found; a replay may be told something else."""
 
 
 class TextEnv(gymnasium.Env[str, str]):
@@ -74,10 +84,10 @@ class TextEnv(gymnasium.Env[str, str]):
         """Every action that the environment would understand now, sorted; may be slow."""
 
     @abstractmethod
-    def expert(self, task: str) -> list[tuple[str, str]]:
-        """A solution of the task as (thought, action) pairs, from the environment's own knowledge.
+    def expert(self, task: str) -> list[ExpertStep]:
+        """A solution of the task from the environment's own knowledge.
 
-        Plays the task in this environment to write thoughts that follow from the observations; the next call must be
+        Plays the task in this environment, so that thoughts follow from what was observed; the next call must be
         `reset`. A solution is not promised to reach the full reward: whoever keeps it replays it first.
 
         Raises:
@@ -98,6 +108,20 @@ class TextEnv(gymnasium.Env[str, str]):
     @abstractmethod
     def unknown_verb(cls, action: str) -> str | None:
         """The verb of an action that the environment's grammar does not know, or None."""
+
+    @classmethod
+    @abstractmethod
+    def official_id(cls, item: dict[str, Any]) -> str:
+        """The content id of a trajectory published with ETO, from the item's fields (`id`, `game_file`, ...).
+
+        Raises:
+            ValueError: the fields name no task of this environment.
+        """
+
+    @classmethod
+    @abstractmethod
+    def official_task(cls, text: str) -> str:
+        """A published trajectory's task message as `reset` would write it."""
 
 
 def load(name: str) -> type[TextEnv]:

@@ -1,0 +1,354 @@
+"""Worker processes that host environments and are asked from asyncio.
+
+    async with EnvPool("sciworld", settings, workers=2, slots=8, timeout=60) as pool:
+        async with pool.session() as env:  # waits for a free slot
+            observation, info = await env.reset(task)
+            observation, reward, terminated, truncated, info = await env.step("look around")
+
+A worker is a fresh interpreter that runs this module and hosts up to `slots` environments, which take turns: it answers
+one request at a time. Requests and answers are pickles with their length in front, over the worker's standard input
+and output; what an environment prints goes to standard error. Workers start when they are first needed and are reused.
+
+A worker whose input ends, because the pool was closed or because the pool's process is gone, ends itself, in the middle
+of a step if need be. Environments tie their own children to the worker's life (ScienceWorld's JVM reads its pipe).
+"""
+
+import asyncio
+import builtins
+import contextlib
+import importlib
+import os
+import pickle
+import queue
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import IO, Any, Self
+
+from pydantic import BaseModel
+
+from envs import Info, TextEnv, load
+
+STARTUP_SECONDS = 180.0
+"""How long a worker may take to start, or an environment to be made: a JVM start, a first look at large files."""
+
+CLOSING_SECONDS = 5.0
+"""How long a worker may take to close its environments."""
+
+_LENGTH = struct.Struct("!Q")
+
+
+class EnvironmentFailure(RuntimeError):  # noqa: N818 - a failure of the environment, not an error of the caller
+    """The environment broke, or its worker died; the episode cannot go on, another session can begin it again."""
+
+
+class EnvironmentTimeout(EnvironmentFailure):
+    """The environment gave no answer in time; its worker was killed."""
+
+
+class EnvPool:
+    """Environments in worker processes.
+
+    Args:
+        env: the environment: its name, its class, or `module:Class`. A class must be importable by its name.
+        settings: its `Settings`; None for the defaults.
+        workers: number of worker processes.
+        slots: environments in each, so that `workers * slots` episodes can be played at once.
+        timeout: seconds that one request may take, waiting for its turn not included.
+    """
+
+    def __init__(
+        self,
+        env: str | type[TextEnv],
+        settings: BaseModel | None = None,
+        *,
+        workers: int = 1,
+        slots: int = 1,
+        timeout: float = 60.0,
+    ) -> None:
+        if workers < 1 or slots < 1 or timeout <= 0:
+            raise ValueError("A pool needs at least one worker, one slot and a positive timeout.")
+        path = env if isinstance(env, str) and ":" in env else _path(load(env) if isinstance(env, str) else env)
+        self._greeting = (list(sys.path), path, settings.model_dump() if settings else {})
+        self._timeout = timeout
+        self._free = asyncio.Semaphore(workers * slots)
+        self._workers = [_Worker(self._greeting, slots) for _ in range(workers)]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all workers; may be called twice."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator["Session"]:
+        """An environment of one's own for as long as the block runs; waits for a free slot, first come, first served.
+
+        Raises:
+            EnvironmentFailure: no environment could be made.
+            ValueError: the environment refused its settings, or misses something on this machine.
+        """
+        async with self._free:
+            worker = self._pick()
+            slot = worker.free.pop()
+            try:
+                await worker.call(slot, "open", (), STARTUP_SECONDS)
+                yield Session(worker, slot, self._timeout)
+            finally:
+                worker.free.append(slot)
+
+    def _pick(self) -> "_Worker":
+        """The worker with the most free slots; a dead one is replaced first."""
+        self._workers = [worker.successor() if worker.failure else worker for worker in self._workers]
+        return max(self._workers, key=lambda worker: len(worker.free))
+
+
+class Session:
+    """One environment of a pool, asked as one would ask a `TextEnv`.
+
+    Every method raises `EnvironmentFailure` when the environment breaks or its worker dies, `EnvironmentTimeout` when
+    no answer comes in time, and passes on the `ValueError`s and `LookupError`s by which environments refuse requests.
+    """
+
+    def __init__(self, worker: "_Worker", slot: int, timeout: float) -> None:
+        self._worker, self._slot, self._timeout = worker, slot, timeout
+        self.seconds = 0.0
+        """Time spent inside the environment, in this session."""
+
+    async def reset(self, task: str, *, seed: int | None = None) -> tuple[str, Info]:
+        """`TextEnv.reset` of a task's content id."""
+        answer: tuple[str, Info] = await self.call("reset", seed=seed, options={"task": task})
+        return answer
+
+    async def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
+        """`TextEnv.step`."""
+        answer: tuple[str, float, bool, bool, Info] = await self.call("step", action)
+        return answer
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Any method of the environment."""
+        answer, seconds = await self._worker.call(self._slot, "call", (method, args, kwargs), self._timeout)
+        self.seconds += seconds
+        return answer
+
+
+class _Worker:
+    """The pool's end of one worker process."""
+
+    def __init__(self, greeting: tuple[list[str], str, dict[str, Any]], slots: int) -> None:
+        self.free = list(range(slots))
+        """Slots that no session holds."""
+        self.failure: EnvironmentFailure | None = None
+        """Why the worker is of no more use, if so."""
+        self._greeting, self._slots = greeting, slots
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    def successor(self) -> "_Worker":
+        """A fresh worker in place of this one. Sessions that still hold this one's slots learn of its failure."""
+        return _Worker(self._greeting, self._slots)
+
+    async def call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float]:
+        """Ask and wait for the answer; returns it and the seconds it took inside the environment.
+
+        A caller that is cancelled leaves, but the answer it asked for is still awaited, so that the next caller gets
+        its own.
+        """
+        asking = asyncio.ensure_future(self._call(slot, verb, args, timeout))
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # heard, even if nobody waits
+        return await asyncio.shield(asking)
+
+    async def _call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float]:
+        async with self._turn:
+            if self.failure:
+                raise type(self.failure)(*self.failure.args)
+            try:
+                if self._process is None:
+                    await asyncio.wait_for(self._start(), STARTUP_SECONDS)
+                answer: _Answer = await asyncio.wait_for(self._exchange((slot, verb, args)), timeout)
+            except TimeoutError:
+                what = args[0] if args else verb
+                self.failure = EnvironmentTimeout(f"The environment gave no answer to {what!r} in {timeout:g} s.")
+            except (EOFError, OSError) as error:
+                self.failure = EnvironmentFailure(f"The environment's worker died ({await self._status() or error}).")
+            if self.failure:
+                self._kill()
+                raise self.failure
+        if answer.error:
+            raise answer.error
+        return answer.value, answer.seconds
+
+    async def _start(self) -> None:
+        # An interpreter of its own, not multiprocessing's spawn: that would import the caller's main module again, and
+        # with it torch. Its own session keeps Ctrl-C from it, so that the pool closes it in order.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            f"import sys; sys.path[:] = {self._greeting[0]!r}; from envs.pool import serve; serve()",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        await self._exchange(self._greeting[1:])
+
+    async def _exchange(self, message: object) -> "_Answer":
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        data = pickle.dumps(message)
+        self._process.stdin.write(_LENGTH.pack(len(data)) + data)
+        await self._process.stdin.drain()
+        (length,) = _LENGTH.unpack(await self._process.stdout.readexactly(_LENGTH.size))
+        answer: _Answer = pickle.loads(await self._process.stdout.readexactly(length))
+        return answer
+
+    async def _status(self) -> str:
+        """How the process ended, as far as it has."""
+        if self._process is None:
+            return ""
+        with contextlib.suppress(TimeoutError):
+            status = await asyncio.wait_for(self._process.wait(), 1)
+            return f"signal {-status}" if status < 0 else f"exit code {status}"
+        return ""
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def close(self) -> None:
+        """End the process: by ending its input, or by force."""
+        self.failure = self.failure or EnvironmentFailure("The pool is closed.")
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), CLOSING_SECONDS + 1)
+        except TimeoutError:
+            self._kill()
+            await self._process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a worker sends back."""
+
+    value: Any = None
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+def serve() -> None:
+    """Be a worker: answer requests on standard input until it ends."""
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    done = threading.Event()
+
+    def listen() -> None:
+        # Beside the environment, so that a worker that is stuck in a step still hears its input end.
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                requests.put(_receive(source))
+        requests.put(None)
+        done.wait(CLOSING_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    path, settings = requests.get()
+    host: _Host | None = None
+    try:
+        host = _Host(path, settings)
+        _send(sink, _Answer())
+        while (request := requests.get()) is not None:
+            _send(sink, host.answer(*request))
+    except OSError:
+        pass  # nobody listens any more
+    finally:
+        if host is not None:
+            host.close()
+        done.set()
+
+
+class _Host:
+    """The environments of a worker."""
+
+    def __init__(self, path: str, settings: dict[str, Any]) -> None:
+        self._path, self._settings = path, settings
+        self._envs: dict[int, TextEnv] = {}
+
+    def answer(self, slot: int, verb: str, args: Any) -> _Answer:
+        """Do what is asked of the environment in a slot, which is made when a session opens it first."""
+        began = time.perf_counter()
+        try:
+            if verb == "open":
+                if slot not in self._envs:
+                    self._envs[slot] = self._make()
+                return _Answer()
+            if slot not in self._envs:
+                return _Answer(error=EnvironmentFailure("The environment broke before, in this session."))
+            method, positional, named = args
+            value = getattr(self._envs[slot], method)(*positional, **named)
+            return _Answer(value=value, seconds=time.perf_counter() - began)
+        except (ValueError, LookupError) as error:
+            return _Answer(error=_plain(error), seconds=time.perf_counter() - began)
+        except Exception as error:
+            # Whatever else an environment raises leaves it in a state nobody knows: the next session gets a new one.
+            if slot in self._envs:
+                with contextlib.suppress(Exception):
+                    self._envs.pop(slot).close()
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{type(error).__name__} at {last.filename}:{last.lineno}"
+            return _Answer(error=EnvironmentFailure(f"The environment broke: {error} ({where})."))
+
+    def _make(self) -> TextEnv:
+        module, _, name = self._path.partition(":")
+        env: Any = importlib.import_module(module)
+        for part in name.split("."):
+            env = getattr(env, part)
+        made: TextEnv = env(env.Settings(**self._settings))
+        return made
+
+    def close(self) -> None:
+        for env in self._envs.values():
+            with contextlib.suppress(Exception):
+                env.close()
+
+
+def _path(env: type[TextEnv]) -> str:
+    """Where a class can be imported from."""
+    return f"{env.__module__}:{env.__qualname__}"
+
+
+def _plain(error: Exception) -> Exception:
+    """An error as its nearest built-in type, which the other side surely knows."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == builtins.__name__)
+    args = error.args if type(error) is kind else (str(error),)
+    plain: Exception = kind(*(arg if isinstance(arg, str | int | float) else str(arg) for arg in args))
+    return plain
+
+
+def _receive(source: IO[bytes]) -> Any:
+    header = source.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        raise EOFError
+    return pickle.loads(source.read(_LENGTH.unpack(header)[0]))
+
+
+def _send(sink: IO[bytes], answer: _Answer) -> None:
+    try:
+        data = pickle.dumps(answer)
+    except Exception as error:
+        data = pickle.dumps(_Answer(error=EnvironmentFailure(f"The environment's answer cannot be sent: {error}.")))
+    sink.write(_LENGTH.pack(len(data)) + data)
+    sink.flush()

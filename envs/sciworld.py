@@ -1,0 +1,603 @@
+"""ScienceWorld: elementary-school science experiments in a house of ten rooms, played by text commands.
+
+The real, unmodified simulator of the `scienceworld` package (1.2.3; Wang et al. 2022, https://arxiv.org/abs/2203.07540)
+runs in a JVM. This module talks to the simulator's own server object over py4j. `ScienceWorldEnv.step` of the package
+does so too, but then computes every valid action, which takes most of its time.
+
+What 1.2.3 leaves to chance, found by replaying gold paths of all 24 tasks, 72 of them:
+
+- The order in a set follows Java's identity hashes, which depend on everything the JVM did before. It decides the order
+  of objects in observations, the numbers of ambiguous requests, how heat spreads, how wandering animals meet, even
+  scores: on a second replay in the same JVM 25 of the 72 read other observations and 3 of those other scores. The JVM
+  option `-XX:hashCode=2` gives every object the same hash, so that sets keep the order of insertion: none of the 72
+  differed, in the same JVM or in another one. It costs about a quarter of the speed. Other JVMs than HotSpot ignore it.
+- Animals and pollen draw from one global generator (`scala.util.Random`), which only `load` seeds. Here it is seeded
+  before every step, with the task, the episode's seed and the step's number.
+- The gold path's search for an object walks through the rooms in an order that each JVM draws once (in seconds, and
+  hundreds of MB) and then remembers; it is handed the walks instead (`_room_walks`).
+
+Several environments of one process share one JVM. Besides the generator, the simulator keeps two mutable things outside
+its server objects that episodes can see: `UniqueIdentifier.count` and `SimplifierProcessor.simplifications`. `Jvm.turn`
+puts them back when the turn goes to another environment, and lets one thread in at a time. Gold paths of all 24 tasks
+replayed in turns, step by step, read what they read when replayed alone (`tests/test_sciworld.py`).
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
+from py4j.protocol import Py4JError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scienceworld.constants import JAR_PATH
+
+from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, TextEnv
+from envs.sciworld_expert import plans, think
+
+STEP_LIMITS = {
+    "boil": 100,
+    "change-the-state-of-matter-of": 80,
+    "chemistry-mix": 60,
+    "chemistry-mix-paint-secondary-color": 15,
+    "chemistry-mix-paint-tertiary-color": 30,
+    "find-animal": 15,
+    "find-living-thing": 15,
+    "find-non-living-thing": 15,
+    "find-plant": 15,
+    "freeze": 80,
+    "grow-fruit": 60,
+    "grow-plant": 30,
+    "identify-life-stages-1": 30,
+    "identify-life-stages-2": 30,
+    "lifespan-longest-lived": 10,
+    "lifespan-longest-lived-then-shortest-lived": 12,
+    "lifespan-shortest-lived": 10,
+    "measure-melting-point-known-substance": 120,
+    "melt": 80,
+    "power-component": 20,
+    "power-component-renewable-vs-nonrenewable-energy": 30,
+    "test-conductivity": 30,
+    "test-conductivity-of-unknown-substances": 30,
+    "use-thermometer": 30,
+}
+"""The 24 tasks in use and their step limits, as the official repositories of ETO and DMPO have them."""
+
+TASKS = tuple(STEP_LIMITS)
+
+OFFICIAL_TASKS = (
+    "boil",
+    "change-the-state-of-matter-of",
+    "freeze",
+    "melt",
+    "measure-melting-point-known-substance",
+    "",
+    "use-thermometer",
+    "power-component",
+    "power-component-renewable-vs-nonrenewable-energy",
+    "test-conductivity",
+    "test-conductivity-of-unknown-substances",
+    "find-animal",
+    "find-living-thing",
+    "find-non-living-thing",
+    "find-plant",
+    "grow-fruit",
+    "grow-plant",
+    "chemistry-mix",
+    "chemistry-mix-paint-secondary-color",
+    "chemistry-mix-paint-tertiary-color",
+    "lifespan-longest-lived",
+    "lifespan-longest-lived-then-shortest-lived",
+    "lifespan-shortest-lived",
+    "identify-life-stages-1",
+    "identify-life-stages-2",
+)
+"""The tasks by their numbers in ETO's data (eval_agent/data/sciworld/taskname2id.json); empty: not in use."""
+
+NOT_UNDERSTOOD = re.compile(r"No known action matches|Unknown action\.|ERROR: (Unknown response|Value out of range)")
+"""How the simulator says that it did not understand an action."""
+
+VERBS = {
+    *("activate", "close", "connect", "consume", "deactivate", "disconnect", "drop", "dunk", "eat", "examine", "flush"),
+    *("focus", "get", "go", "help", "inventory", "look", "mix", "move", "objects", "open", "pick", "pour", "put"),
+    *("read", "reset", "stir", "take", "task", "teleport", "turn", "use", "wait", "wait1", "walk"),
+}
+"""First words of the actions in the simulator's grammar."""
+
+DOORS = {
+    "art studio": ("hallway",),
+    "bathroom": ("kitchen",),
+    "bedroom": ("hallway",),
+    "foundry": ("outside",),
+    "greenhouse": ("hallway", "outside"),
+    "hallway": ("art studio", "bedroom", "greenhouse", "kitchen", "living room", "workshop"),
+    "kitchen": ("bathroom", "hallway", "outside"),
+    "living room": ("hallway",),
+    "outside": ("foundry", "greenhouse", "kitchen"),
+    "workshop": ("hallway",),
+}
+"""Which rooms each room has doors to, the same in every variation."""
+
+SIMPLIFICATIONS = ("noElectricalAction", "openContainers", "openDoors", "selfWateringFlowerPots", "teleportAction")
+
+NO_JAVA = (
+    "ScienceWorld needs Java 8 or later, and {problem}: install a JRE (Debian and Ubuntu: "
+    "`apt-get install default-jre-headless`; conda: `conda install openjdk`)."
+)
+
+
+INSTRUCTION = """\
+You do science experiments in a house by text commands. Answer every message with a thought and one command:
+Thought: why you act
+Action: the command
+
+Commands (OBJ: an object, LOC: a room): teleport to LOC, look around, look at OBJ, look in OBJ, examine OBJ, \
+inventory, task, open OBJ, close OBJ, pick up OBJ, drop OBJ, move OBJ to OBJ, pour OBJ into OBJ, dunk OBJ into OBJ, \
+mix OBJ, focus on OBJ, activate OBJ, deactivate OBJ, use OBJ on OBJ, read OBJ, eat OBJ, flush OBJ, wait (10 steps), \
+wait1 (1 step); with electricity also connect OBJ to OBJ, disconnect OBJ.
+Rooms: kitchen, foundry, workshop, bathroom, outside, living room, bedroom, greenhouse, art studio, hallway.
+Doors are open. Focus only on what the task names: a wrong focus ends the experiment. To an ambiguous request, the \
+command is the number you choose."""
+
+# The solution of sciworld:find-living-thing:140, which no split of at most 120 train variations has.
+EXAMPLE = [
+    (
+        "Your task is to find a(n) living thing. First, focus on the thing. Then, move it to the blue box in the "
+        "bedroom.",
+        "Thought: To find a living thing, I should start outside.\nAction: teleport to outside",
+    ),
+    (
+        "Observation: You teleport to the outside.",
+        "Thought: This is the outside; I see what it holds.\nAction: look around",
+    ),
+    (
+        "Observation: This outside location is called the outside. Here you see: \n\tthe agent\n"
+        "\ta substance called air\n\tan axe\n\ta dove egg\n\ta fire pit (containing nothing)\n"
+        "\ta fountain (containing a substance called water)\n\ta giant tortoise egg\n\tthe ground\n"
+        "\ta butterfly egg\n\ta substance called wood\nYou also see:\n\tA door to the foundry (that is open)\n"
+        "\tA door to the greenhouse (that is open)\n\tA door to the kitchen (that is open)",
+        "Thought: I see the dove, which is a living thing, so I focus on it.\nAction: focus on dove",
+    ),
+    (
+        "Observation: You focus on the dove egg.",
+        "Thought: I need the dove for my task, so I pick it up.\nAction: pick up dove",
+    ),
+    (
+        "Observation: You move the dove to the inventory.",
+        "Thought: I have the dove. Now I take it to the bedroom.\nAction: teleport to bedroom",
+    ),
+    (
+        "Observation: You teleport to the bedroom.",
+        "Thought: The task wants a living thing in the blue box, so I move it there.\n"
+        "Action: move egg dove egg in inventory to blue box",
+    ),
+]
+
+
+class Settings(BaseModel):
+    """The `env.sciworld` section of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    tasks: list[str] = Field(default=list(TASKS), min_length=1)
+    """Names of the tasks to play."""
+    train_variations: int = Field(default=120, ge=1)
+    """Most variations of a task in the train split."""
+    eval_variations: int = Field(default=10, ge=1)
+    """Most variations of a task in the seen split, and in the unseen split."""
+    simplification: str = "easy"
+    """The simulator's simplifications, comma-separated; `easy` stands for teleporting, open doors, self-watering flower
+    pots and, in tasks without electricity, no electrical actions."""
+    heap_mb: int = Field(default=192, ge=64)
+    """Most memory of the simulator's JVM for objects, in MB; one JVM serves all environments of a process."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: list[str]) -> list[str]:
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise ValueError(f"unknown ScienceWorld task {unknown[0]!r}; known: {', '.join(TASKS)}")
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a ScienceWorld task is named twice")
+        return tasks
+
+    @field_validator("simplification")
+    @classmethod
+    def _possible(cls, simplification: str) -> str:
+        parts = simplification.split(",") if simplification not in ("", "easy") else []
+        if unknown := [part for part in parts if part not in SIMPLIFICATIONS]:
+            known = f"easy, or a list of {', '.join(SIMPLIFICATIONS)}"
+            raise ValueError(f"unknown ScienceWorld simplification {unknown[0]!r}; known: {known}")
+        return simplification
+
+
+_Settings = Settings  # by this name where a class has an attribute `Settings`
+
+
+class Jvm:
+    """The JVM that the environments of this process share; it ends with the last of them, or with the process.
+
+    The JVM reads from a pipe and exits when that breaks, so that it does not outlive a process that was killed.
+    """
+
+    _shared: ClassVar["Jvm | None"] = None
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, heap_mb: int) -> None:
+        home = os.environ.get("JAVA_HOME")
+        java = shutil.which("java", path=str(Path(home, "bin")) if home else None) or shutil.which("java")
+        if java is None:
+            raise ValueError(NO_JAVA.format(problem="no `java` is on the path"))
+        options = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:+IgnoreUnrecognizedVMOptions"]
+        options += ["-XX:+ExitOnOutOfMemoryError"]
+        options += ["-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2"]  # see the module's docstring
+        try:
+            port, token, self.process = launch_gateway(
+                classpath=JAR_PATH,
+                javaopts=options,
+                java_path=java,
+                die_on_exit=True,
+                enable_auth=True,
+                return_proc=True,
+            )
+        except (ValueError, OSError) as error:  # py4j reads the port from Java's first line
+            raise ValueError(NO_JAVA.format(problem=f"`{java}` did not start the simulator")) from error
+        self.users = 0
+        self._lock = threading.RLock()
+        self._last: Server | None = None
+        self.gateway = JavaGateway(
+            gateway_parameters=GatewayParameters(port=port, auth_token=token), java_process=self.process
+        )
+        jvm = self.gateway.jvm
+        # The simulator prints a lot, and py4j would read it all in a Python thread.
+        jvm.java.lang.System.setOut(jvm.java.io.PrintStream(jvm.java.io.FileOutputStream(os.devnull)))
+        self._random = getattr(getattr(jvm.scala.util, "Random$"), "MODULE$")
+        self._identifiers = jvm.util.UniqueIdentifier
+        self._simplifier = jvm.main.scala.scienceworld.runtime.SimplifierProcessor
+        self._paths = jvm.scienceworld.goldagent.PathFinder.precomputedExhaustivePaths()
+
+    @classmethod
+    def acquire(cls, heap_mb: int) -> "Jvm":
+        """The process's JVM, started if there is none; give it back with `release`."""
+        with cls._guard:
+            if cls._shared is None or cls._shared.process.poll() is not None:
+                cls._shared = cls(heap_mb)
+            cls._shared.users += 1
+            return cls._shared
+
+    def release(self) -> None:
+        """Give the JVM back; the last one out ends it."""
+        with self._guard:
+            self.users -= 1
+            if self.users:
+                return
+            if Jvm._shared is self:
+                Jvm._shared = None
+        with contextlib.suppress(Py4JError, OSError):
+            self.gateway.shutdown()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.kill()
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def turn(self, server: "Server", seed: object) -> Iterator[None]:
+        """Give the simulator to one server object: put its part of the global state back and seed the generator."""
+        with self._lock:
+            if self._last is not server:
+                if self._last is not None:
+                    self._last.identifiers = self._identifiers.count()
+                getattr(self._identifiers, "count_$eq")(server.identifiers)
+                self._simplifier.parseSimplificationStr(server.simplifications)
+                self._last = server
+            digest = hashlib.sha256(repr(seed).encode()).digest()
+            self._random.setSeed(int.from_bytes(digest[:6], "big"))
+            yield
+
+    def remember_walks(self) -> None:
+        """Hand the gold paths' search the walks it would look for at length."""
+        if self._paths.isEmpty():
+            for start, walk in _room_walks().items():
+                segments = self.gateway.new_array(self.gateway.jvm.java.lang.String, len(walk), 2)
+                for i, room in enumerate(walk):
+                    segments[i][0], segments[i][1] = f"open door to {room}", f"go to {room}"
+                self._paths.put(start, segments)
+
+
+class Server:
+    """One server object of the simulator: one world."""
+
+    def __init__(self, jvm: Jvm) -> None:
+        self._jvm = jvm
+        self.simplifications = ""
+        self.identifiers = 0
+        """The simulator's counter of object ids, as this world left it."""
+        with jvm.turn(self, "server"):
+            self._server = jvm.gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        self._interface: Any = None
+        self._seed: tuple[object, ...] = ()
+
+    def load(self, task: str, variation: int, simplification: str, *, gold: bool = False, seed: int = 0) -> None:
+        """Set up a world; with `gold`, also have its solution worked out."""
+        self._seed = (task, variation, seed)
+        with self._jvm.turn(self, self._seed):
+            if gold:
+                self._jvm.remember_walks()
+            self._server.load(task, variation, simplification, gold)
+            self._interface = self._server.agentInterface().get()
+            self.simplifications = self._interface.simplificationStr()
+
+    def step(self, action: str, number: int) -> tuple[str, float, bool]:
+        """Take the episode's `number`-th action; returns observation, score (1: all, below 0: lost), and if over."""
+        with self._jvm.turn(self, (*self._seed, number)):
+            observation = self._server.step(action)
+            if self._interface.isInErrorState():
+                raise RuntimeError(f"ScienceWorld broke on {action!r}: {self._interface.getErrorStateMessage()}")
+            return observation, self._server.getScore(), self._server.getCompleted()
+
+    def description(self) -> str:
+        """The task's text."""
+        with self._jvm.turn(self, self._seed):
+            text: str = self._server.getTaskDescription()
+            return text
+
+    def valid_actions(self) -> list[str]:
+        """What the simulator would understand now."""
+        with self._jvm.turn(self, self._seed):
+            return list(self._server.getValidActionObjectCombinations())
+
+    def gold(self) -> list[str]:
+        """The solution, after a load with `gold`."""
+        with self._jvm.turn(self, self._seed):
+            return list(self._server.getGoldActionSequence())
+
+    def variations(self, task: str) -> dict[str, list[int]]:
+        """The simulator's own split of a task's variations, by our names of the splits; loads nothing."""
+        with self._jvm.turn(self, self._seed):
+            getattr(self._server, "taskStr_$eq")(task)
+            ranges = (
+                self._server.getVariationsTrain(),
+                self._server.getVariationsDev(),
+                self._server.getVariationsTest(),
+            )
+            return {split: list(numbers) for split, numbers in zip(SPLITS, ranges, strict=True)}
+
+    def variation_count(self, task: str) -> int:
+        """How many variations a task has."""
+        with self._jvm.turn(self, self._seed):
+            count: int = self._server.getTaskMaxVariations(task)
+            return count
+
+
+class ScienceWorld(TextEnv):
+    """ScienceWorld, 24 of its 30 tasks.
+
+    ## Description
+    A house with ten rooms, about 200 kinds of objects, and heat, electricity, chemistry, plants and animals that behave
+    as an elementary-school book says. A task (`sciworld:boil:3`) is a kind of experiment and a variation of it, which
+    changes the substance, the objects' places and the room to start in. Left out, as in the official split: the tasks
+    with inclined planes, with Mendelian genetics, and `measure-melting-point-unknown-substance`.
+
+    ## Actions
+    The simulator's commands, see `instruction`. An ambiguous command is answered by a numbered list, and the next
+    action should be a number of it.
+
+    ## Observations
+    The simulator's text, unchanged. The first one is the task's text and nothing else, as in the official wrapper.
+
+    ## Rewards
+    The episode's reward is the best score so far, which the simulator gives for the task's steps; 1 is the task done.
+    A score below 0 counts as 0.
+
+    ## Episode end
+    Terminated when the simulator says so: the task is done (`success`), or it is lost by focusing on the wrong thing.
+    Truncated at the task's step limit (`STEP_LIMITS`).
+
+    ## Info
+    `reward`, `success` (score 1 was reached), `valid` (the action was understood, even if it had no effect; a request
+    that was ambiguous was understood).
+
+    ## Arguments
+    `settings`: see `Settings`. `reset(seed=...)` decides what animals and pollen do, not the task; None is seed 0.
+
+    ## Version history
+    1: scienceworld 1.2.3, ordered sets and seeded steps (see the module).
+    """
+
+    name = "sciworld"
+    Settings = Settings
+    instruction = INSTRUCTION
+    example = EXAMPLE
+
+    def __init__(self, settings: _Settings | None = None) -> None:
+        self._settings = settings or _Settings()
+        self._jvm: Jvm | None = Jvm.acquire(self._settings.heap_mb)
+        try:
+            self._server = Server(self._jvm)
+        except BaseException:
+            self.close()
+            raise
+        self._splits: dict[str, list[str]] = {}
+        self._task = ""
+        self._limit = self._steps = 0
+        self._reward = 0.0
+        self._over = True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:  # type: ignore[override]
+        """Begin the task whose content id is `options["task"]`; the observation is the task's text.
+
+        Raises:
+            ValueError: no such task.
+        """
+        name, variation = self._parse((options or {}).get("task", ""))
+        self._server.load(name, variation, self._settings.simplification, seed=seed or 0)
+        self._limit, self._steps, self._reward, self._over = STEP_LIMITS[name], 0, 0.0, False
+        return self._server.description(), self._info(valid=True)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:  # type: ignore[override]
+        """Take one action; returns observation, reward, terminated, truncated, info."""
+        if self._over:
+            raise ValueError("The episode is over: call reset before the next step.")
+        self._steps += 1
+        observation, score, terminated, valid = MALFORMED_OBSERVATION, 0.0, False, False
+        if action.strip():
+            observation, score, terminated = self._server.step(action.strip(), self._steps)
+            valid = not NOT_UNDERSTOOD.match(observation)
+        before = self._reward
+        self._reward = max(before, round(score, 2))
+        terminated = terminated or score < 0
+        truncated = not terminated and self._steps >= self._limit
+        self._over = terminated or truncated
+        return observation, self._reward - before, terminated, truncated, self._info(valid=valid)
+
+    def tasks(self, split: str) -> list[str]:
+        """Content ids of a split's tasks, kind by kind: the first of the simulator's train, dev or test variations."""
+        if split not in SPLITS:
+            raise ValueError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
+        if not self._splits:
+            self._splits = {name: [] for name in SPLITS}
+            for task in self._settings.tasks:
+                for name, numbers in self._server.variations(task).items():
+                    most = self._settings.train_variations if name == "train" else self._settings.eval_variations
+                    self._splits[name] += [f"{self.name}:{task}:{number}" for number in numbers[:most]]
+        return list(self._splits[split])
+
+    def valid_actions(self) -> list[str]:
+        """Every action that the simulator lists as valid now, sorted, but for `reset task`, which throws progress away.
+
+        While a request is ambiguous these are its numbers. The list has each object under one name only, while the
+        simulator understands others too. Up to 60 ms.
+        """
+        return sorted(set(self._server.valid_actions()) - {"reset task"})
+
+    def expert(self, task: str) -> list[ExpertStep]:
+        """A solution of the task: the simulator's gold path, without its detours if it still solves the task.
+
+        Up to five plans (`envs.sciworld_expert.plans`) are played, until one solves it within its step limit.
+
+        Raises:
+            LookupError: the simulator gave no gold path.
+        """
+        name, variation = self._parse(task)
+        self._server.load(name, variation, self._settings.simplification, gold=True)
+        gold, description = self._server.gold(), self._server.description()
+        if not gold or any("ERROR" in action for action in gold):
+            raise LookupError(f"ScienceWorld has no gold path for {task}.")
+        best: list[ExpertStep] = []
+        reward = -1.0
+        tried: list[list[str]] = []
+        for plan in plans(gold, description):
+            if plan in tried:
+                continue
+            tried.append(plan)
+            steps, info = self._rehearse(task, plan)
+            if info["reward"] > reward:
+                best, reward = steps, info["reward"]
+            if info["success"]:
+                break
+        return best
+
+    def _rehearse(self, task: str, plan: list[str]) -> tuple[list[ExpertStep], Info]:
+        """Play a plan until the episode ends, with a thought for each action."""
+        description, info = self.reset(options={"task": task})
+        history: list[tuple[str, str]] = []
+        steps = []
+        for action in plan:
+            thought = think(description, history, action)
+            observation, _, terminated, truncated, info = self.step(action)
+            history.append((action, observation))
+            steps.append(ExpertStep(thought, action, observation))
+            if terminated or truncated:
+                break
+        return steps, info
+
+    @classmethod
+    def kind(cls, task: str) -> str:
+        """The kind of a task (`sciworld:boil:3` -> `boil`)."""
+        return task.split(":")[1]
+
+    @classmethod
+    def fingerprint(cls, settings: Any) -> str:
+        """Package version, hash of the simulator, and the simplifications."""
+        return f"scienceworld {importlib.metadata.version('scienceworld')} {_jar_hash()} {settings.simplification}"
+
+    @classmethod
+    def unknown_verb(cls, action: str) -> str | None:
+        """The first word of an action that does not begin as the simulator's grammar has it, or None."""
+        verb = next(iter(action.lower().split()), "")
+        return None if not verb or verb in VERBS or verb.isdigit() else verb
+
+    @classmethod
+    def official_id(cls, item: dict[str, Any]) -> str:
+        """`4_17` of the published trajectories is variation 17 of task 4 of `OFFICIAL_TASKS`.
+
+        Raises:
+            ValueError: the item's `id` is no such pair.
+        """
+        match = re.fullmatch(r"(\d+)_(\d+)", str(item.get("id")))
+        task = "".join(OFFICIAL_TASKS[int(match[1]) : int(match[1]) + 1]) if match else ""
+        if not match or not task:
+            raise ValueError(f"id {item.get('id')!r} is no ScienceWorld task of ETO's (wanted: NUMBER_VARIATION).")
+        return f"{cls.name}:{task}:{int(match[2])}"
+
+    @classmethod
+    def official_task(cls, text: str) -> str:
+        """The task's text without the heading that the official wrapper puts before it."""
+        return text.removeprefix("Task Description:\n").strip()
+
+    def close(self) -> None:
+        """Give the simulator back; may be called twice."""
+        if self._jvm is not None:
+            jvm, self._jvm = self._jvm, None
+            jvm.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> Literal[False]:
+        self.close()
+        return False
+
+    def _info(self, *, valid: bool) -> Info:
+        return Info(reward=self._reward, success=self._reward >= 1, valid=valid)
+
+    def _parse(self, task: str) -> tuple[str, int]:
+        """Name and variation of a content id."""
+        match = re.fullmatch(rf"{self.name}:([a-z0-9-]+):(\d+)", task)
+        if not match or match[1] not in STEP_LIMITS:
+            raise ValueError(f"No such ScienceWorld task: {task!r} (wanted: {self.name}:TASK:VARIATION).")
+        if int(match[2]) >= (count := self._server.variation_count(match[1])):
+            raise ValueError(f"No such ScienceWorld task: {task!r} ({match[1]} has variations 0 to {count - 1}).")
+        return match[1], int(match[2])
+
+
+@lru_cache
+def _jar_hash() -> str:
+    """Hash of the simulator."""
+    return hashlib.sha256(Path(JAR_PATH).read_bytes()).hexdigest()[:16]
+
+
+def _room_walks() -> dict[str, list[str]]:
+    """For each room, a shortest walk from there through every room."""
+    walks = {}
+    for start in DOORS:
+        queue: deque[tuple[str, frozenset[str], list[str]]] = deque([(start, frozenset([start]), [])])
+        reached = {queue[0][:2]}
+        while queue:
+            room, visited, walk = queue.popleft()
+            if len(visited) == len(DOORS):
+                walks[start] = walk
+                break
+            for door in DOORS[room]:
+                state = (door, visited | {door})
+                if state not in reached:
+                    reached.add(state)
+                    queue.append((*state, [*walk, door]))
+    return walks

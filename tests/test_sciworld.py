@@ -1,0 +1,428 @@
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+import envs
+from envs import MALFORMED, SPLITS
+from envs.pool import EnvironmentFailure, EnvPool
+from envs.sciworld import (
+    DOORS,
+    EXAMPLE,
+    INSTRUCTION,
+    STEP_LIMITS,
+    TASKS,
+    VERBS,
+    Jvm,
+    ScienceWorld,
+    Settings,
+    _room_walks,
+)
+from envs.sciworld_expert import RULES, plans, think
+from tests.env_checker import check_class, check_env
+from tests.test_pool import descendants, killed_parent, wait_gone
+
+SOLVED = {
+    "boil": 2,
+    "change-the-state-of-matter-of": 0,
+    "chemistry-mix": 16,
+    "chemistry-mix-paint-secondary-color": 4,
+    "chemistry-mix-paint-tertiary-color": 3,
+    "find-animal": 7,
+    "find-living-thing": 151,
+    "find-non-living-thing": 226,
+    "find-plant": 2,
+    "freeze": 0,
+    "grow-fruit": 0,
+    "grow-plant": 0,
+    "identify-life-stages-1": 1,
+    "identify-life-stages-2": 0,
+    "lifespan-longest-lived": 3,
+    "lifespan-longest-lived-then-shortest-lived": 62,
+    "lifespan-shortest-lived": 124,
+    "measure-melting-point-known-substance": 0,
+    "melt": 14,
+    "power-component": 10,
+    "power-component-renewable-vs-nonrenewable-energy": 19,
+    "test-conductivity": 450,
+    "test-conductivity-of-unknown-substances": 599,
+    "use-thermometer": 1,
+}
+"""A variation of each task whose solution reaches the full reward."""
+
+Step = tuple[str, float, bool, bool, envs.Info]
+
+
+@pytest.fixture(scope="module")
+def env():
+    with ScienceWorld() as env:
+        yield env
+
+
+@pytest.fixture(scope="module")
+def solutions(env):
+    return {
+        f"sciworld:{task}:{variation}": env.expert(f"sciworld:{task}:{variation}") for task, variation in SOLVED.items()
+    }
+
+
+def play(env: ScienceWorld, task: str, actions: list[str]) -> list[Step]:
+    env.reset(options={"task": task})
+    return [env.step(action) for action in actions]
+
+
+class TestWithoutJava:
+    def test_class(self):
+        check_class(ScienceWorld)
+        assert envs.load("sciworld") is ScienceWorld
+        assert "1.2.3" in ScienceWorld.fingerprint(Settings())
+        assert ScienceWorld.fingerprint(Settings()) != ScienceWorld.fingerprint(Settings(simplification="openDoors"))
+
+    def test_instruction_names_every_limit_of_the_grammar(self):
+        assert len(TASKS) == 24
+        assert len(INSTRUCTION.split()) < 150
+        assert all(room in INSTRUCTION for room in DOORS)
+
+    def test_settings(self):
+        assert Settings().tasks == list(TASKS)
+        with pytest.raises(ValidationError, match="unknown ScienceWorld task 'bake'; known: boil, change-the-state"):
+            Settings(tasks=["boil", "bake"])
+        with pytest.raises(ValidationError, match="named twice"):
+            Settings(tasks=["boil", "boil"])
+        with pytest.raises(ValidationError, match="unknown ScienceWorld simplification 'hard'"):
+            Settings(simplification="openDoors,hard")
+        with pytest.raises(ValidationError, match="extra"):
+            Settings(levels=3)
+        assert all(field.description for field in Settings.model_fields.values())
+
+    def test_official_ids(self):
+        assert ScienceWorld.official_id({"id": "0_3"}) == "sciworld:boil:3"
+        assert ScienceWorld.official_id({"id": "6_12"}) == "sciworld:use-thermometer:12"
+        assert ScienceWorld.official_id({"id": "24_1"}) == "sciworld:identify-life-stages-2:1"
+        for wrong in ({"id": "5_1"}, {"id": "25_1"}, {"id": "boil"}, {}):
+            with pytest.raises(ValueError, match="no ScienceWorld task"):
+                ScienceWorld.official_id(wrong)
+        assert (
+            ScienceWorld.official_task("Task Description:\nYour task is to boil water.")
+            == "Your task is to boil water."
+        )
+
+    def test_verbs(self):
+        assert ScienceWorld.unknown_verb("put apple in oven") is None
+        assert ScienceWorld.unknown_verb("Turn on stove") is None
+        assert ScienceWorld.unknown_verb("12") is None
+        assert ScienceWorld.unknown_verb("heat apple with oven") == "heat"
+
+    def test_room_walks_go_through_doors_to_every_room(self):
+        for start, walk in _room_walks().items():
+            assert {start, *walk} == set(DOORS)
+            assert all(there in DOORS[here] for here, there in zip([start, *walk], walk, strict=False))
+        assert all(here in DOORS[there] for here, doors in DOORS.items() for there in doors)
+
+    def test_no_java(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(Jvm, "_shared", None)
+        monkeypatch.delenv("JAVA_HOME", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ValueError, match=r"needs Java 8 or later, and no `java` is on the path: install"):
+            ScienceWorld()
+        (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "java").chmod(0o755)
+        with pytest.raises(ValueError, match="`.*java` did not start the simulator: install"):
+            ScienceWorld()
+
+
+class TestExpert:
+    TASK = "Your task is to find a(n) animal. First, focus on the thing. Then, move it to the red box in the kitchen."
+    GOLD = (
+        "open door to greenhouse|go to greenhouse|open door to outside|go to outside|look around|focus on butterfly"
+        "|pick up butterfly|open door to kitchen|go to kitchen|move egg butterfly egg in inventory to red box"
+    )
+
+    def test_plans_teleport_and_look_where_they_must(self):
+        first, *_, last = plans(self.GOLD.split("|"), self.TASK)
+        assert first == [
+            "teleport to outside",
+            "look around",
+            "focus on butterfly",
+            "pick up butterfly",
+            "teleport to kitchen",
+            "move egg butterfly egg in inventory to red box",
+        ]
+        assert last == self.GOLD.split("|")
+
+    def test_plans_look_before_they_touch_what_nobody_named(self):
+        first = next(plans(["go to outside", "focus on baby baby brown bear"], "Focus on the oldest animal."))
+        assert first == ["teleport to outside", "look around", "focus on baby baby brown bear"]
+
+    def test_plans_keep_time_and_wait_long(self):
+        gold = ["open door to hallway", "go to hallway", *["wait1"] * 8, "focus on cat", "pour cup into cup"]
+        long, short, timed_long, timed, raw = plans(gold, "")
+        assert long == ["teleport to hallway", "look around", "wait", "focus on cat"]
+        assert short.count("wait1") == 8
+        assert timed.count("wait1") == 9
+        assert timed_long == long
+        assert raw == gold
+
+    def test_thoughts(self):
+        seen = [
+            ("look around", "a dog"),
+            ("use thermometer on dog", "the thermometer measures a temperature of 30 degrees"),
+        ]
+        measure = "Your task is to measure the temperature of the dog, which is outside. First, focus on the dog."
+        assert think(self.TASK, seen, "focus on cat") == "I see the cat, which is an animal, so I focus on it."
+        assert (
+            think(measure, [], "look around")
+            == "My task is to measure the temperature of the dog. First I see where I am."
+        )
+        assert (
+            think(measure, seen, "move dog in inventory to red box")
+            == "It is 30 degrees, so the dog belongs in the red box."
+        )
+        assert think(measure, seen, "dance") == "The next step is to dance."
+        assert len({think(f"{number}", [("", "")], "wait") for number in range(20)}) == 2
+
+    def test_rules_fill_what_they_find(self):
+        for rule in RULES:
+            places = re.compile(rule.action).groups
+            for thought in rule.thoughts:
+                thought.format(*["x"] * places, goal="g", seen="s", wanted="w")
+                assert ("{seen}" not in thought) or rule.seen
+                assert ("{wanted}" not in thought) or re.compile(rule.goal).groups
+
+
+@pytest.mark.java
+class TestSimulator:
+    def test_contract(self):
+        check_env(ScienceWorld(), "sciworld:power-component:10")
+
+    def test_splits(self, env):
+        splits = {split: env.tasks(split) for split in SPLITS}
+        assert [len(tasks) for tasks in splits.values()] == [1408, 199, 211]
+        assert splits["train"][:2] == ["sciworld:boil:0", "sciworld:boil:1"]
+        for task in ("find-plant", "use-thermometer", "identify-life-stages-1"):
+            env._server.load(task, 0, "easy")
+            ranges = env._server._server.getVariationsTrain, env._server._server.getVariationsDev
+            for split, numbers in zip(("train", "seen"), ranges, strict=True):
+                most = 120 if split == "train" else 10
+                assert [t for t in splits[split] if env.kind(t) == task] == [
+                    f"sciworld:{task}:{number}" for number in list(numbers())[:most]
+                ]
+        with ScienceWorld(Settings(tasks=["find-plant"], train_variations=2, eval_variations=1)) as small:
+            assert [small.tasks(split) for split in SPLITS] == [
+                ["sciworld:find-plant:0", "sciworld:find-plant:1"],
+                ["sciworld:find-plant:150"],
+                ["sciworld:find-plant:225"],
+            ]
+
+    def test_example_is_real_and_in_no_split(self, env):
+        task = "sciworld:find-living-thing:140"
+        assert all(task not in env.tasks(split) for split in SPLITS)
+        observation, _ = env.reset(options={"task": task})
+        for question, answer in EXAMPLE:
+            assert question.removeprefix("Observation: ") == observation
+            observation, _, terminated, _, info = env.step(answer.partition("Action: ")[2])
+        assert terminated
+        assert info["success"]
+
+    def test_verbs_are_the_grammars(self, env):
+        env.reset(options={"task": "sciworld:power-component:0"})
+        actions = env._server._interface.actionHandler().getActions()
+        triggers = " ".join(action.triggers().mkString(" ") for action in actions)
+        starts = re.findall(r"Pattern: List\(ActionExprOR\(orElements: (.*?)\)", triggers)
+        assert {phrase.split()[0] for start in starts for phrase in start.split(",")} | {"help", "objects"} == VERBS
+
+    def test_doors_are_the_simulators(self, env):
+        env.reset(options={"task": "sciworld:boil:3"})
+        for room, doors in DOORS.items():
+            env.step(f"teleport to {room}")
+            seen = re.findall(r"A door to the (.+?) \(that is open\)", env.step("look around")[0])
+            assert tuple(sorted(seen)) == doors
+
+    def test_step_limits(self, env):
+        for task in ("find-plant", "lifespan-shortest-lived"):
+            env.reset(options={"task": f"sciworld:{task}:0"})
+            for number in range(1, STEP_LIMITS[task] + 1):
+                _, _, terminated, truncated, _ = env.step("look around" if number % 2 else MALFORMED)
+                assert not terminated
+                assert truncated == (number == STEP_LIMITS[task])
+            with pytest.raises(ValueError, match="call reset"):
+                env.step("look around")
+
+    def test_rewards_are_the_best_score_so_far(self, env):
+        steps = play(env, "sciworld:find-plant:2", ["teleport to greenhouse", MALFORMED, "dance", "reset task"])
+        assert steps[0][1] > 0
+        assert [step[1] for step in steps[1:]] == [0, 0, 0]
+        assert [step[4]["reward"] for step in steps] == [steps[0][1]] * 4
+        assert [step[4]["valid"] for step in steps] == [True, False, False, True]
+        assert steps[2][0] == "No known action matches that input."
+
+    def test_wrong_focus_ends_the_episode_and_keeps_the_reward(self, env):
+        actions = ["teleport to outside", "look around", "focus on axe"]
+        steps = play(env, "sciworld:lifespan-shortest-lived:0", actions)
+        assert steps[1][4]["reward"] == 0.5
+        assert steps[2][1:] == (0.0, True, False, {"reward": 0.5, "success": False, "valid": True})
+
+    def test_ambiguous_requests(self, env):
+        steps = play(
+            env, "sciworld:boil:0", ["open door", "2", "open door", "blue", "look around", "open door", MALFORMED]
+        )
+        assert steps[0][0].startswith("Ambiguous request: Please enter the number")
+        assert steps[0][4]["valid"]
+        assert steps[1][0] == "The door is already open."
+        assert not steps[3][4]["valid"]
+        assert "cancelled" in steps[3][0]
+        assert "room is called" in steps[4][0]
+        assert env.valid_actions()[:2] == ["0", "1"]  # a malformed reply leaves the question open
+
+    def test_valid_actions(self, env):
+        env.reset(options={"task": "sciworld:boil:0"})
+        actions = env.valid_actions()
+        assert "teleport to kitchen" in actions
+        assert "look around" in actions
+        assert "reset task" not in actions
+
+    def test_bad_tasks(self, env):
+        for task in ("sciworld:boil:30", "sciworld:boil:-1", "sciworld:mendelian-genetics-known-plant:0", "boil:0", ""):
+            with pytest.raises(ValueError, match="No such ScienceWorld task"):
+                env.reset(options={"task": task})
+
+    def test_odd_actions_do_no_harm(self, env):
+        odd = [
+            "help",
+            "objects",
+            "task",
+            "0",
+            "999999999999",
+            "a the",
+            "é \U0001f600\tx\ny",
+            "look at look at",
+            "x" * 5000,
+        ]
+        steps = play(env, "sciworld:test-conductivity:0", odd)
+        assert all(step[0] for step in steps)
+        assert not any(step[2] for step in steps)
+
+    def test_seed_decides_what_animals_do(self, env):
+        def watch(seed: int | None) -> list[str]:
+            env.reset(options={"task": "sciworld:grow-fruit:0"}, seed=seed)
+            return [
+                env.step(action)[0] for action in ["teleport to greenhouse", "open bee hive", "wait", "look around"]
+            ]
+
+        assert watch(None) == watch(0) == watch(0)
+        assert len({str(watch(seed)) for seed in range(4)}) > 1
+
+    def test_close_ends_the_jvm_with_the_last_environment(self):
+        before = set(descendants(os.getpid()))
+        one = ScienceWorld()
+        two = ScienceWorld()
+        assert one._jvm is two._jvm
+        pid = one._jvm.process.pid
+        one.close()
+        one.close()
+        assert two.tasks("seen")
+        two.close()
+        if pid not in before:
+            wait_gone([pid])
+
+
+@pytest.mark.java
+@pytest.mark.slow
+class TestSolutions:
+    def test_reach_the_full_reward_and_replay(self, env, solutions):
+        for task, solution in solutions.items():
+            steps = play(env, task, [step.action for step in solution])
+            assert steps[-1][4]["reward"] == 1, task
+            assert [step[0] for step in steps] == [step.observation for step in solution]
+            assert all(5 < len(step.thought.split()) < 30 for step in solution)
+
+    def test_worlds_in_one_jvm_do_not_disturb_each_other(self, env, solutions):
+        """Proof: what is played in turns, step by step, with loads in between, is what is played alone."""
+        alone = {task: play(env, task, [step.action for step in solution]) for task, solution in solutions.items()}
+        worlds = {task: ScienceWorld() for task in solutions}
+        turns: dict[str, list[Step]] = {task: [] for task in solutions}
+        try:
+            for number in range(max(map(len, solutions.values())) + len(worlds)):
+                for begin, (task, world) in enumerate(worlds.items()):
+                    turn = number - begin  # they begin one after the other
+                    if turn == 0:
+                        world.reset(options={"task": task})
+                    if 0 <= turn < len(solutions[task]):
+                        turns[task].append(world.step(solutions[task][turn].action))
+                        if turn % 10 == 5:
+                            world.valid_actions()  # draws from the simulator's generator
+            assert turns == alone
+        finally:
+            for world in worlds.values():
+                world.close()
+
+    def test_replay_in_another_jvm(self, env, solutions):
+        """Another process, another history of the JVM, another order: the same observations and scores."""
+        tasks = list(solutions)[::-3]
+        script = (
+            "import pickle, sys; from tests.test_sciworld import *\n"
+            "tasks = pickle.load(sys.stdin.buffer)\n"
+            "with ScienceWorld() as env:\n"
+            "    pickle.dump({task: play(env, task, actions) for task, actions in tasks.items()}, sys.stdout.buffer)"
+        )
+        import pickle
+
+        asked = {task: [step.action for step in solutions[task]] for task in tasks}
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            input=pickle.dumps(asked),
+            capture_output=True,
+            check=True,
+            cwd=Path(__file__).parents[1],
+        )
+        assert pickle.loads(run.stdout) == {task: play(env, task, actions) for task, actions in asked.items()}
+
+
+@pytest.mark.java
+class TestPool:
+    async def test_a_killed_jvm_is_a_failure_and_is_replaced(self):
+        async with EnvPool("sciworld", slots=2) as pool:
+            async with pool.session() as env:
+                await env.reset("sciworld:boil:0")
+                (worker,) = [pid for pid in descendants(os.getpid()) if "envs.pool" in _command(pid)]
+                (java,) = [pid for pid in descendants(worker) if "java" in _command(pid)]
+                os.kill(java, signal.SIGKILL)
+                with pytest.raises(EnvironmentFailure):
+                    await env.step("look around")
+            async with pool.session() as env:
+                assert await env.reset("sciworld:boil:0")
+                os.kill(worker, signal.SIGKILL)
+                (java,) = [pid for pid in descendants(worker) if "java" in _command(pid)] or [java]
+                with pytest.raises(EnvironmentFailure):
+                    await env.step("look around")
+            wait_gone([worker, java])
+
+    async def test_no_java_is_one_sentence(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("JAVA_HOME", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        async with EnvPool("sciworld") as pool:
+            with pytest.raises(ValueError, match="needs Java 8 or later"):
+                await asyncio.wait_for(_open(pool), 60)
+
+    def test_no_jvm_outlives_a_killed_parent(self, tmp_path):
+        pids = killed_parent(tmp_path, "envs.sciworld:ScienceWorld", "Settings()", "sciworld:find-plant:0", busy=False)
+        assert pids
+        wait_gone(pids)
+
+
+async def _open(pool: EnvPool) -> None:
+    async with pool.session():
+        pass
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
