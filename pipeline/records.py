@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Literal, Self, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 R = TypeVar("R")
@@ -39,7 +39,7 @@ class EpisodeStatus(StrEnum):
     PARSE_ERROR = "parse_error"
     """Given up after `max_malformed` malformed replies in a row."""
     ENV_ERROR = "env_error"
-    """The environment broke, twice; `Trajectory.error` says how."""
+    """The environment broke, twice; `Trajectory.note` says how."""
     TIMEOUT = "timeout"
     """The environment gave no answer in time."""
 
@@ -98,7 +98,8 @@ class Trajectory:
     status: EpisodeStatus
     env_seconds: float = 0.0
     engine_seconds: float = 0.0
-    error: str | None = None
+    note: str | None = None
+    """What is odd about the episode: how the environment broke, where a replay read something else."""
 
     @property
     def prompt(self) -> list[Message]:
@@ -137,6 +138,24 @@ class Pair:
     chosen_source: str
     """Where the winner came from: policy, seed and sample, as `expert/seed0/0`."""
     rejected_source: str
+
+
+class ShareGptLine(BaseModel):
+    """One message of a published conversation."""
+
+    speaker: Literal["human", "gpt"] = Field(alias="from")
+    value: str
+
+
+class ShareGpt(BaseModel):
+    """One expert trajectory as published with ETO; further fields, such as `game_file`, are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: int | str | None = None
+    conversations: list[ShareGptLine]
+    reward: float | None = Field(None, ge=0, le=1)
+    """The trajectory's reward where the data carry it (WebShop); elsewhere only full successes are published."""
 
 
 def dump_line(record: Any) -> str:

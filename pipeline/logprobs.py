@@ -1,0 +1,194 @@
+"""Log-probs of the policy's tokens and turns, without ever holding [batch, length, vocabulary].
+
+The model's own forward runs, so every wrapper around it (DDP, FSDP, PEFT, gradient checkpointing, autocast) does its
+work. Only the output layer behaves otherwise for that one call: it takes the hidden states that stand before a token of
+the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. A chunk's logits are
+not kept for the backward pass but computed again. What leaves the model as `logits` are the log-probs, so that wrappers
+which watch a model's outputs (DDP looking for unused parameters, FSDP hooking the backward pass) see them.
+
+Models that change their logits after the output layer (Gemma's soft cap, Cohere's and Granite's scales) get the same
+change inside the chunks. That it is the same is checked in every call, on a few numbers: a model which does anything
+else to its logits is refused, never silently wrong.
+
+Shapes: B rows, L positions, T turns, N policy tokens of the batch, H hidden size, V vocabulary.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    turn_index: Tensor,
+    chunk: int = 1024,
+) -> Tensor:
+    """The log-prob of each of the policy's tokens, given everything before it.
+
+    Args:
+        model: a Hugging Face causal language model, wrapped or not.
+        input_ids: [B, L], padded on either side.
+        attention_mask: [B, L], 0 on padding.
+        turn_index: [B, L], the policy's turn number, -1 on context and padding.
+        chunk: most positions that meet the output layer at once; the peak is [chunk, V] in float32.
+
+    Returns:
+        [B, L] float32. Position i holds log pi(token i | tokens before i); 0 where no token is the policy's.
+
+    Raises:
+        ValueError: a row begins with a token of the policy, `chunk` is below 1, or the model does not compute its
+            logits in a way that is known here.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1.")
+    is_policy = (turn_index >= 0) & (attention_mask > 0)
+    # The token before must be a real one: nothing predicts the first token of a row, wherever padding puts it.
+    predicted = is_policy[:, 1:] & (attention_mask[:, :-1] > 0)
+    before = F.pad(predicted, (0, 1))
+    targets = input_ids[:, 1:][predicted]
+    if len(targets) != int(is_policy.sum()):
+        raise ValueError("A row begins with a token of the policy: nothing predicts it. Put a prompt before it.")
+    with _reduced_output(model, before, targets, chunk) as causal_lm:
+        arguments: dict[str, Any] = {"use_cache": False}
+        if "position_ids" in inspect.signature(causal_lm.forward).parameters:
+            arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        packed = model(input_ids=input_ids, attention_mask=attention_mask, **arguments).logits
+    logprobs = torch.zeros(input_ids.shape, dtype=torch.float32, device=packed.device)
+    return logprobs.masked_scatter(F.pad(predicted, (1, 0)), packed)
+
+
+def turn_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    turn_index: Tensor,
+    chunk: int = 1024,
+) -> Tensor:
+    """The log-prob of every turn, log pi(a_t | s_t): the sum of its tokens' log-probs.
+
+    Arguments and errors as for `token_logprobs`.
+
+    Returns:
+        [B, T] float32, T the most turns in the batch; 0 beyond a trajectory's last turn.
+    """
+    return sum_turns(token_logprobs(model, input_ids, attention_mask, turn_index, chunk), turn_index)
+
+
+def sum_turns(logprobs: Tensor, turn_index: Tensor) -> Tensor:
+    """Sum token log-probs by turn.
+
+    Args:
+        logprobs: [B, L] from `token_logprobs`.
+        turn_index: [B, L].
+
+    Returns:
+        [B, T], T the most turns in the batch.
+    """
+    turns = torch.arange(int(turn_index.max()) + 1, device=turn_index.device)
+    # A masked sum and no scatter_add, whose order of additions is not fixed on GPUs.
+    of_turn = turn_index[:, None, :] == turns[:, None]
+    return (logprobs[:, None, :] * of_turn).sum(dim=2)
+
+
+@contextlib.contextmanager
+def _reduced_output(model: nn.Module, before: Tensor, targets: Tensor, chunk: int) -> Iterator[PreTrainedModel]:
+    """While open, `model(...)` gives the log-probs of `targets`, [N] float32, as its logits.
+
+    Args:
+        model: the model as it will be called.
+        before: [B, L] bool, N of them true: the positions whose next token is a target.
+        targets: [N] token ids.
+        chunk: positions at a time.
+    """
+    causal_lm = _causal_lm(model)
+    head = _innermost(causal_lm.get_output_embeddings())
+    head_forward = head.forward
+    change = _change_of_logits(causal_lm.config)
+    reduced: list[Tensor] = []
+
+    def chunk_logprobs(hidden: Tensor, chunk_targets: Tensor) -> Tensor:
+        logits = change(head_forward(hidden).float())
+        return -F.cross_entropy(logits, chunk_targets, reduction="none")
+
+    def reduced_forward(hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != before.shape:
+            raise ValueError(
+                f"{type(causal_lm).__name__} gives its output layer {tuple(hidden.shape)} for input ids of "
+                f"{tuple(before.shape)}: a model that is not known here."
+            )
+        chosen = hidden[before]
+        pieces = [
+            checkpoint(chunk_logprobs, *piece, use_reentrant=False)
+            for piece in zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True)
+        ]
+        # FSDP hooks the very tensor that leaves a module: what is returned here must be on the way to the loss.
+        # And it warns of views: hence cat of what has three dimensions already, and clone below.
+        pieces.append(torch.tensor(_PROBE, device=hidden.device))
+        reduced.append(torch.cat([piece[None, :, None] for piece in pieces], dim=1))
+        return reduced[-1]
+
+    def put_logprobs(_: nn.Module, __: Any, output: Any) -> Any:
+        if len(reduced) != 1 or not torch.equal(output.logits, change(reduced[0])):
+            raise ValueError(
+                f"{type(causal_lm).__name__} changes its logits after the output layer in a way that is not known "
+                "here: add it to pipeline.logprobs._change_of_logits."
+            )
+        output.logits = reduced[0][0, : -len(_PROBE), 0].clone()
+        return output
+
+    # Instance attributes shadow methods; deleting the attribute brings the method back.
+    shadowed = head.__dict__.get("forward")
+    hook = causal_lm.register_forward_hook(put_logprobs, prepend=True)
+    head.forward = reduced_forward
+    try:
+        yield causal_lm
+    finally:
+        hook.remove()
+        del head.forward
+        if shadowed is not None:
+            head.forward = shadowed
+
+
+_PROBE = [-300.0, -20.0, -1.5, -0.1, 0.0, 0.7, 3.0, 40.0]
+"""Goes through the rest of the model's forward beside the log-probs, to see what it does to logits."""
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model with an output layer, inside whatever wraps it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            if module.config.is_encoder_decoder:
+                raise ValueError(f"{type(module).__name__} is an encoder-decoder; a causal language model is needed.")
+            return module
+    raise ValueError(f"{type(model).__name__} holds no Hugging Face model with an output layer.")
+
+
+def _innermost(head: nn.Module) -> nn.Module:
+    """The output layer itself, where FSDP has wrapped it alone: the wrapper gathers its weights around our call."""
+    return head.module if isinstance(head, FullyShardedDataParallel) else head
+
+
+def _change_of_logits(config: Any) -> Callable[[Tensor], Tensor]:
+    """What the model does to its logits after the output layer, known by the names in its configuration."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+
+    def change(logits: Tensor) -> Tensor:
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if scale is not None:
+            logits = logits * scale
+        return logits / divisor if divisor is not None else logits
+
+    return change
