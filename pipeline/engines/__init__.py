@@ -6,11 +6,17 @@ episodes ask one engine at once; it batches what is waiting, so no episode waits
     vllm      the one that plays; CUDA or CPU
     hf        plain transformers, one request at a time: the reference the others are tested against
     scripted  canned replies, for tests
+
+Importing this package imports neither torch nor vLLM.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +52,96 @@ class Engine(Protocol):
     max_length: int
     """Most tokens of a prompt and its completion together."""
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, episode: str = "") -> Completion:
         """Complete one prompt.
 
+        Args:
+            prompt_ids: the whole conversation so far.
+            sampling: how to draw.
+            episode: a name. Only requests of one name share cached prefixes: how much of a prompt is computed afresh
+                moves the last bits of its log-probs, and with a name an episode has of its own that depends on the
+                episode's past alone, not on who else played when.
+
         Raises:
-            ValueError: the prompt and one token do not fit into `max_length`.
+            ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves no room for one token.
+            RuntimeError: the engine is closed or has failed.
         """
         ...
 
     def close(self) -> None:
-        """Free the engine's memory and processes. Calling it twice is fine."""
+        """Free the engine's memory and processes; requests under way fail. Calling it twice is fine."""
         ...
+
+
+class EngineSettings(BaseModel):
+    """The engine that serves a policy in rollouts and evaluations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Literal["vllm", "hf"] = "vllm"
+    """`vllm`, or `hf` (plain transformers, one request at a time: slow, a reference)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the served weights. `auto`: float32 on a CPU, else the checkpoint's own."""
+    concurrency: int = Field(default=64, ge=1)
+    """Most requests that the engine works on at once; more wait."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory of the key-value cache in GiB. Empty: 2 on a CPU, what `gpu_memory` leaves on a GPU."""
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM may take."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that one copy of the policy is spread over."""
+    eager: bool | None = None
+    """Whether to skip vLLM's compilation. Empty: yes on a CPU, where it takes longer than a small model wins back."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of the engine, where there is no GPU. With 1, ids do not depend on what else is in the batch, and
+    simulators keep the other cores; raise it for models above some 100M parameters."""
+
+
+def load_engine(settings: EngineSettings, path: Path, max_length: int, end_token_ids: Sequence[int]) -> Engine:
+    """Start the engine that `settings.name` names.
+
+    Args:
+        settings: the recipe's `engine.*` keys.
+        path: checkpoint folder.
+        max_length: most tokens of a prompt and its completion together.
+        end_token_ids: ids that end a completion.
+
+    Raises:
+        ValueError: no checkpoint is at `path`, or a setting was changed that would have no effect here.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"No checkpoint at {path}: there is no config.json; give the folder that training wrote.")
+    module, name = {
+        "vllm": ("pipeline.engines.vllm_engine", "VllmEngine"),
+        "hf": ("pipeline.engines.hf", "HfEngine"),
+    }[settings.name]
+    engine = getattr(importlib.import_module(module), name)
+    return cast("Engine", engine(path, max_length=max_length, end_token_ids=end_token_ids, settings=settings))
+
+
+def check_prompt(prompt_ids: Sequence[int], max_length: int, vocabulary: int) -> None:
+    """Refuse a prompt that no engine can complete.
+
+    Raises:
+        ValueError: it is empty, holds an id outside the vocabulary, or leaves no room for one token.
+    """
+    if not prompt_ids:
+        raise ValueError("The prompt is empty; it needs at least one token.")
+    if len(prompt_ids) >= max_length:
+        raise ValueError(
+            f"The prompt has {len(prompt_ids)} tokens; that leaves no room for a completion in max_length {max_length}."
+        )
+    if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocabulary):
+        strange = next(token for token in prompt_ids if not 0 <= token < vocabulary)
+        raise ValueError(f"Token id {strange} of the prompt is outside the checkpoint's vocabulary of {vocabulary}.")
+
+
+def refuse_inert(settings: EngineSettings, keys: Sequence[str], why: str) -> None:
+    """Refuse settings that were changed from their default but would have no effect.
+
+    Raises:
+        ValueError: one of `keys` is not at its default.
+    """
+    for key in keys:
+        if getattr(settings, key) != EngineSettings.model_fields[key].default:
+            raise ValueError(f"engine.{key} has no effect {why}; leave it out.")
