@@ -1,0 +1,215 @@
+"""Policies: a new tiny one, one from the Hub or a folder, and how a policy is saved.
+
+Weights stay in float32 while they are trained (a step of 1e-6 vanishes in bfloat16), and autocast computes in bfloat16.
+The frozen base of a LoRA policy needs no such master copy: on a GPU it keeps its checkpoint's precision.
+"""
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from pipeline.config import ModelConfig
+from pipeline.rendering import TINY_CHAT_TEMPLATE, TINY_ROLE_TOKENS, TINY_SPECIAL_TOKENS
+
+ADAPTER = "adapter"
+"""Folder of the LoRA adapter inside a saved policy."""
+
+
+def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
+    """A randomly initialised Llama and a byte-level BPE tokenizer trained on `texts`.
+
+    The same arguments give the same tokenizer and the same weights. Nothing here can meet an unknown character: the 256
+    bytes are tokens. All its weights are to be trained, whatever `config.lora_rank`: LoRA on a random base would learn
+    next to nothing, so it comes in with what `load_policy` loads.
+
+    Args:
+        config: the sizes.
+        texts: what the tokenizer learns from, such as the experts' messages.
+        seed: of the weights.
+
+    Returns:
+        The model (float32) and its tokenizer, chat template attached.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    if config.hidden % (2 * config.heads):
+        raise ValueError(
+            f"model.hidden {config.hidden} must be a multiple of twice model.heads ({config.heads}): each head's width "
+            "is even, for rotary positions. Change one of the two."
+        )
+    tokenizer = _train_tokenizer(config, texts)
+    sizes = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=3 * config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        # Untied reached 0.79 nats a held-out action token of ScienceWorld's gold paths where tied reached 0.86 (66 steps
+        # at 1e-3 on 164 trajectories, one seed); the output layer meets the policy's tokens only, so it costs no time.
+        tie_word_embeddings=False,
+    )
+    with _seeded(seed):
+        model = LlamaForCausalLM(sizes)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    return model, tokenizer
+
+
+def load_policy(path: str | Path, config: ModelConfig, seed: int = 0) -> tuple[Any, Any]:
+    """A policy from the Hub or a folder, ready to be trained: with a fresh LoRA adapter where `config.lora_rank` > 0.
+
+    Args:
+        path: Hub id, or a folder as `save_policy` writes it.
+        config: gives the LoRA adapter and the length that the model must bear.
+        seed: of the adapter's weights.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: there is no such model, it has no chat template, or it is too short for `config.max_length`.
+    """
+    keep_precision = config.lora_rank > 0 and torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if keep_precision else torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(_unloadable(path, error)) from error
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {path} has no chat template; start from a chat model (its tokenizer_config.json or "
+            "chat_template.jinja has one), or set model.path to a copy with a template added."
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < config.max_length:
+        raise ValueError(
+            f"model.max_length {config.max_length} is more than the {longest} positions of {path}; set "
+            f"model.max_length={longest} or less."
+        )
+    return add_lora(model, config, seed), tokenizer
+
+
+def add_lora(model: Any, config: ModelConfig, seed: int) -> Any:
+    """The model with a LoRA adapter on every linear layer but the output's, as `config` says; itself at rank 0.
+
+    The adapter starts as the identity. The model's own weights are frozen, in place.
+    """
+    if not config.lora_rank:
+        return model
+    adapter = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with _seeded(seed):
+        return get_peft_model(model, adapter)
+
+
+def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a policy as a folder that transformers and vLLM load; the folder appears whole or not at all.
+
+    A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`. In a run of several
+    processes the first one writes and the others wait.
+
+    Args:
+        model: a model of transformers, or one with a LoRA adapter; it is left as it was.
+        tokenizer: with its chat template.
+        folder: replaced when it exists.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            merged = model
+            if isinstance(model, PeftModel):
+                model.save_pretrained(partial / ADAPTER)
+                merged = copy.deepcopy(model).merge_and_unload()
+            merged.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    state.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def reference_mode(model: Any) -> Iterator[None]:
+    """Within it a LoRA policy is its own reference: the base model, adapter off.
+
+    A policy without an adapter is left alone; it is its own reference only before it is trained.
+    """
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
+
+
+def _train_tokenizer(config: ModelConfig, texts: Iterable[str]) -> Any:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[*TINY_SPECIAL_TOKENS.values(), *TINY_ROLE_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        **TINY_SPECIAL_TOKENS,
+        additional_special_tokens=TINY_ROLE_TOKENS,
+        chat_template=TINY_CHAT_TEMPLATE,
+        model_max_length=config.max_length,
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU generator at `seed`, and afterwards where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _unloadable(path: str | Path, error: Exception) -> str:
+    """Why a model could not be loaded, as one sentence."""
+    if Path(path).is_dir():
+        first = str(error).strip().splitlines()[0]
+        return f"{path} holds no model that transformers can load ({first}); point model.path at a whole checkpoint."
+    return (
+        f"No model at {path!s}: it is no folder here, and the Hub gave none of that name (or could not be reached); "
+        "set model.path to a folder or Hub id, or leave it empty for a new tiny model."
+    )
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Put one folder in another's place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
