@@ -1,0 +1,396 @@
+"""Stage `report`: what a run came to, as tables on the terminal, CSV files, figures for a paper, and one page.
+
+rewards.csv           one row an environment, method, split and seed (`pipeline.statistics.rewards_table`)
+rewards_by_kind.csv   the same for each kind of task
+figures/*.svg, *.pdf  rewards with their intervals, training curves, log-probs by turn
+report.html           all of it and a trajectory viewer; one file that asks the network for nothing
+report/tables.json    means and intervals as printed; printed again, at once, when nothing has changed
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pipeline import runs
+from pipeline.config import Config
+from pipeline.records import EpisodeStatus, Pair, Trajectory, atomic_write, read_jsonl
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import rich.console
+
+HERE = Path(__file__).parent
+SOURCES = ("statistics.py", "figures.py", "viewer.py", "report.py", "report.html.jinja", "report.css", "report.js")
+OUTPUTS = ("rewards.csv", "rewards_by_kind.csv", "report.html")
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+Told = Callable[[Row], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """A finished stage of one environment and seed."""
+
+    env: str
+    seed: int
+    name: str
+    """Its folder below the seed's, such as `evaluate/sft/seen`."""
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def facts(self) -> Row:
+        """What the stage says of its work: counts, drops, notes."""
+        return dict(self.manifest["facts"])
+
+
+def main(config: Config) -> None:
+    """Write the tables, figures and page of a run, and print the tables.
+
+    Raises:
+        ValueError: a stage of the run is not finished; names it.
+    """
+    stages = finished(config)
+    folder = config.folder / "report"
+    if not all((config.folder / name).is_file() for name in OUTPUTS):
+        (folder / runs.MANIFEST).unlink(missing_ok=True)
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "sources": {name: runs.file_digest(HERE / name) for name in SOURCES},
+    }
+    inputs = {f"{one.env}/seed{one.seed}/{one.name}": one.folder for one in stages}
+    with runs.stage(folder, settings=settings, inputs=inputs) as stage:
+        if not stage.done:
+            runs.write_json(folder / "tables.json", write(config, stages))
+    print_tables(json.loads((folder / "tables.json").read_text("utf-8")))
+    _console().print(f"Report: {config.folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def finished(config: Config) -> list[Done]:
+    """Every stage that the report tells of, in the order of the data.
+
+    Raises:
+        ValueError: one is not finished, or a file of it is gone; names the stage that makes it.
+    """
+    players = ["random", "sft", *config.method, "expert"]
+    names = ["experts", "sft", "rollout", "pairs", "reference", *(f"train/{method}" for method in config.method)]
+    names += [f"evaluate/{player}/{split}" for player in players for split in config.evaluate.splits]
+    stages = []
+    for env in config.env.names:
+        for seed in config.seed:
+            for name in names:
+                folder = runs.seed_folder(config, env, seed) / name
+                manifest = runs.read_manifest(folder, made_by=name.partition("/")[0])
+                stages.append(Done(env=env, seed=seed, name=name, folder=folder, manifest=manifest))
+    return stages
+
+
+def write(config: Config, stages: Sequence[Done]) -> Tables:
+    """Write CSV files, figures and page; returns the tables to print.
+
+    Raises:
+        ValueError: a file of a stage cannot be read, or nothing was evaluated.
+    """
+    import envs
+    from pipeline import figures, statistics, viewer
+
+    kind_of: dict[str, Callable[[str], str]] = {env: envs.load(env).kind for env in config.env.names}
+    played = _episodes(stages)
+    evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
+    if not evaluated:
+        raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
+
+    def kind(episode: Trajectory) -> str:
+        return kind_of[episode.env](episode.id)
+
+    by_seed = statistics.rewards_table(evaluated)
+    _write_csv(config.folder / "rewards.csv", by_seed)
+    _write_csv(config.folder / "rewards_by_kind.csv", statistics.by_kind(evaluated, kind))
+    tables = {
+        "rewards": _rows(statistics.summary(evaluated)),
+        "kinds": _rows(statistics.summary(evaluated, kind)),
+        "paired": _rows(statistics.paired(evaluated, config.method, "sft")),
+        "statuses": _rows(statistics.statuses(evaluated)),
+    }
+    drawn: dict[str, str] = {}
+    for env in config.env.names:
+        logs = {
+            (one.name.rpartition("/")[2], one.seed): read_log(one.folder / "log.jsonl")
+            for one in stages
+            if one.env == env and one.name.startswith(("sft", "train/"))
+        }
+        of_env = _of(tables["rewards"], env), _of(_rows(by_seed), env)
+        for name, figure in figures.draw(env, *of_env, logs, config.method).items():
+            for suffix in ("pdf", "svg"):
+                with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
+                    file.write(image := figures.save(figure, suffix, name))
+            drawn[name] = figures.themed(image)
+    pairs = {
+        (one.env, one.seed): read_jsonl(one.folder / "pairs.jsonl", Pair)[0] for one in stages if one.name == "pairs"
+    }
+    content = viewer.content(config, played, pairs, kind_of)
+    with atomic_write(config.folder / "report.html") as file:
+        file.write(page(config, stages, tables, drawn, content))
+    return tables
+
+
+def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Trajectory]]:
+    """All episodes of a run by environment, seed, policy and split, evaluations first."""
+    found = {}
+    for one in sorted(stages, key=lambda one: not one.name.startswith("evaluate/")):
+        where = {"experts": ("expert", "train"), "rollout": ("sft", "train")}.get(one.name)
+        if one.name.startswith("evaluate/"):
+            _, policy, split = one.name.split("/")
+            where = policy, split
+        if where:
+            found[one.env, one.seed, *where] = read_jsonl(one.folder / "episodes.jsonl", Trajectory)[0]
+    return found
+
+
+def read_log(path: Path) -> list[Row]:
+    """The lines of a training log by rising step; of a step that was logged twice (a resumed run) the last one."""
+    lines = read_jsonl(path, Row)[0] if path.is_file() else []
+    by_step = {line["step"]: line for line in lines if "step" in line}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _rows(frame: "pd.DataFrame") -> list[Row]:
+    """A table as JSON has it: NaN becomes None."""
+    rows: list[Row] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
+
+
+def _of(rows: Iterable[Row], env: str) -> list[Row]:
+    return [row for row in rows if row["env"] == env]
+
+
+def _write_csv(path: Path, frame: "pd.DataFrame") -> None:
+    with atomic_write(path) as file:
+        frame.to_csv(file, index=False, float_format="%.6f")
+
+
+# ---- The page ----
+
+
+def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[str, str], content: Row) -> str:
+    """The report as one HTML file.
+
+    Text of policies and environments is escaped by the template or, in the viewer, compressed JSON that the script
+    turns into text nodes. The page's own policy allows that one script, by its hash, and nothing from any address.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    jinja = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    jinja.filters.update(number=number, ci=ci, duration=duration, flat=flat)
+    script = (HERE / "report.js").read_text("utf-8")
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    text: str = jinja.get_template("report.html.jinja").render(
+        config=config,
+        recipe=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        commits=sorted({one.manifest.get("git_commit") or "outside git" for one in stages}),
+        machines=sorted({one.manifest["machine"] for one in stages if "machine" in one.manifest}),
+        packages=_packages(stages),
+        stages=stages,
+        left_out=left_out(stages),
+        notes=[(one, note) for one in stages for note in notes(one.facts)],
+        tables=tables,
+        tasks=list(dict.fromkeys(f"{row['env']} {row['split']} {row['n']}" for row in tables["rewards"])),
+        figures={name: Markup(svg) for name, svg in drawn.items()},
+        of=_of,
+        markdown=markdown(tables["rewards"]),
+        latex=latex(tables["rewards"]),
+        errors=errors_told(tables),
+        groups=content["groups"],
+        css=Markup((HERE / "report.css").read_text("utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=base64.b64encode(gzip.compress(data, mtime=0)).decode(),
+    )
+    return text
+
+
+def _packages(stages: Iterable[Done]) -> dict[str, str]:
+    """Versions of the packages that the stages were made with; several where they differ."""
+    versions: dict[str, set[str]] = {}
+    for one in stages:
+        for name, version in {"python": one.manifest.get("python"), **one.manifest.get("packages", {})}.items():
+            versions.setdefault(name, set()).add(str(version))
+    return {name: " / ".join(sorted(found)) for name, found in versions.items()}
+
+
+def left_out(stages: Iterable[Done]) -> list[tuple[Done, str, int]]:
+    """What manifests count as dropped or cut off, as (stage, reason, count); zeros are not told."""
+    return [
+        (one, reason, count)
+        for one in stages
+        for reason, count in flat({key: value for key, value in one.facts.items() if "drop" in key or "cut" in key})
+        if isinstance(count, int) and count
+    ]
+
+
+def notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a manifest's facts say in words: `notes` and `deviations`, each a sentence or a list of them."""
+    found = [facts.get(key) or [] for key in ("notes", "deviations")]
+    return [str(note) for value in found for note in (value if isinstance(value, list) else [value])]
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as (dotted name, value)."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in facts.items():
+        pairs += flat(value, f"{prefix}{key}: ") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs
+
+
+# ---- Text ----
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many decimals; a dash for none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def ci(low: float | None, high: float | None, digits: int = 3) -> str:
+    """An interval in brackets, or nothing."""
+    return "" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds, as `1 h 02 min` or `14.2 s`."""
+    minutes = int(seconds // 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _grid(rewards: Sequence[Row]) -> tuple[list[tuple[str, str]], list[str], dict[tuple[str, str, str], Row]]:
+    """Columns (environment, split), rows (method) and cells of the reward table."""
+    cells = {(row["env"], row["split"], row["method"]): row for row in rewards}
+    columns = list(dict.fromkeys((env, split) for env, split, _ in cells))
+    return columns, list(dict.fromkeys(method for *_, method in cells)), cells
+
+
+def markdown(rewards: Sequence[Row]) -> str:
+    """Mean rewards with intervals as a Markdown table: methods in rows, environments and splits in columns."""
+    columns, methods, cells = _grid(rewards)
+    lines = ["| method |" + "".join(f" {env} {split} |" for env, split in columns)]
+    lines += ["|---|" + "---|" * len(columns)]
+    for method in methods:
+        found = [cells[env, split, method] for env, split in columns]
+        texts = [f"{number(row['reward'])} {ci(row['reward_low'], row['reward_high'])}".strip() for row in found]
+        lines += [f"| {method} | " + " | ".join(texts) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+def latex(rewards: Sequence[Row]) -> str:
+    r"""The same as a LaTeX table; needs `\usepackage{booktabs}`."""
+    columns, methods, cells = _grid(rewards)
+
+    def line(texts: Iterable[str]) -> str:
+        return " & ".join(texts) + r" \\"
+
+    def tex(text: str) -> str:
+        return re.sub(r"([_&%#$])", r"\\\1", text)
+
+    lines = [r"\begin{tabular}{l" + "c" * len(columns) + "}", r"\toprule"]
+    lines += [line(["method", *(tex(f"{env} {split}") for env, split in columns)]), r"\midrule"]
+    for method in methods:
+        found = [cells[env, split, method] for env, split in columns]
+        lines += [line([tex(method), *(f"{number(r['reward'])} {_tex_ci(r)}".strip() for r in found)])]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _tex_ci(row: Row) -> str:
+    interval = ci(row["reward_low"], row["reward_high"])
+    return rf"{{\scriptsize {interval}}}" if interval else ""
+
+
+# ---- The terminal ----
+
+
+def _console() -> "rich.console.Console":
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def print_tables(tables: Tables) -> None:
+    """Print rewards, differences to the SFT policy, and rewards by kind, one environment after the other."""
+    console = _console()
+    for env in dict.fromkeys(row["env"] for row in tables["rewards"]):
+        rewards, paired, kinds = (_of(tables[name], env) for name in ("rewards", "paired", "kinds"))
+        tasks = ", ".join(f"{split} {n}" for split, n in {row["split"]: row["n"] for row in rewards}.items())
+        seeds = max(row["seeds"] for row in rewards)
+        title = f"{env}: mean reward with 95 % CI, and success ({tasks} tasks, {seeds} seed{'s' * (seeds > 1)})"
+        _print(
+            console,
+            title,
+            rewards,
+            "method",
+            "split",
+            {"": _reward_told, "success": lambda row: number(row["success"])},
+        )
+        _print(console, f"{env}: reward less the SFT policy's on the same tasks", paired, "method", "split", {
+            "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
+            "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
+        })  # fmt: skip
+        for split in dict.fromkeys(row["split"] for row in kinds):
+            of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
+            title = f"{env}, {split}: mean reward by kind of task (number of tasks)"
+            _print(console, title, of_split, "kind", "method", {"": lambda row: number(row["reward"])})
+    console.print(errors_told(tables), highlight=False)
+
+
+def _reward_told(row: Row) -> str:
+    return f"{number(row['reward'])} {ci(row['reward_low'], row['reward_high'])}"
+
+
+def _print(
+    console: "rich.console.Console", title: str, rows: Sequence[Row], by: str, across: str, parts: Mapping[str, Told]
+) -> None:
+    """Print rows as a grid: one line for each value of `by`, one column for each value of `across` and each part."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column(by)
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    for column in columns:
+        for part in parts:
+            table.add_column(f"{column} {part}".strip(), no_wrap=True)
+    cells = {(row[by], row[across]): row for row in rows}
+    for name in dict.fromkeys(row[by] for row in rows):
+        found = [cells.get((name, column)) for column in columns]
+        table.add_row(name, *(told(row) if row else "" for row in found for told in parts.values()))
+    console.print(table)
+
+
+def errors_told(tables: Tables) -> str:
+    """One sentence on the episodes that the environment broke."""
+    errors = {(r["env"], r["method"], r["split"]): r["errors"] for r in tables["rewards"] if r["errors"]}
+    total = sum(row[status] for row in tables["statuses"] for status in EpisodeStatus)
+    if not errors:
+        return f"None of {total} episodes ended in an environment error or a time-out."
+    where = ", ".join(f"{' '.join(place)} {count}" for place, count in errors.items())
+    return (
+        f"Ended in an environment error or a time-out, counted with the reward they had, of {total} episodes: {where}."
+    )

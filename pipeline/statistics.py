@@ -1,0 +1,263 @@
+"""From episodes to tables: means, standard errors, confidence intervals and paired comparisons.
+
+Three sources of chance are told apart:
+
+    tasks    which tasks were drawn for the split; the standard errors of `rewards_table` are over them
+    seeds    the run itself (initialisation, exploration, training); `summary` adds it where there are two or more
+    samples  several attempts at one task by one policy: averaged first, so that a task counts once
+
+Every episode counts with its recorded reward. One that the environment broke (`EpisodeStatus.is_error`) is never left
+out, since that would reward a policy for breaking its environment; `summary` and `statuses` say how many there are.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pipeline.records import EpisodeStatus, Trajectory
+
+Array = NDArray[np.float64]
+
+GROUP = ["env", "method", "split", "seed"]
+MEASURES = ["n", "reward", "reward_se", "success", "success_se", "steps", "invalid_rate"]
+COLUMNS = GROUP + MEASURES
+"""The columns of rewards.csv, in order."""
+LEVEL = 0.95
+"""Coverage of every interval here."""
+
+
+def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+    """Tidy rewards: one row for each environment, method, split and seed, in the order of the episodes.
+
+    Columns (`COLUMNS`): n is the number of tasks; reward and success are means over tasks; the `_se` are the standard
+    errors of these means over tasks, s / sqrt(n) with s^2 on n - 1 (NaN for one task); steps is the mean number of
+    turns; invalid_rate is the share of all actions that the environment did not understand, malformed replies among
+    them (NaN where nobody acted).
+
+    Raises:
+        ValueError: an attempt at a task appears twice, or has no reward.
+    """
+    return _table(_frame(episodes), GROUP)[COLUMNS]
+
+
+def by_kind(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str]) -> pd.DataFrame:
+    """`rewards_table` broken down by the kind of task, with a column `kind` after `seed`.
+
+    Raises:
+        ValueError: an attempt at a task appears twice, or has no reward.
+    """
+    return _table(_frame(episodes, kind), [*GROUP, "kind"])[[*GROUP, "kind", *MEASURES]]
+
+
+def statuses(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+    """How episodes ended: one row as in `rewards_table`, one column of counts for each `EpisodeStatus`."""
+    rows = [(one.env, one.policy, one.split, one.seed, one.status.value) for one in episodes]
+    frame = pd.DataFrame(rows, columns=[*GROUP, "status"])
+    counts = frame.groupby([*GROUP, "status"], sort=False).size().unstack("status", fill_value=0)
+    order = pd.MultiIndex.from_frame(frame[GROUP].drop_duplicates())
+    return (
+        counts.reindex(index=order, columns=list(EpisodeStatus), fill_value=0).rename_axis(columns=None).reset_index()
+    )
+
+
+def summary(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | None = None) -> pd.DataFrame:
+    """Means over seeds and tasks with their `interval`: one row for each environment, method, split (and kind).
+
+    Columns: env, method, split, (kind,) seeds and n (tasks) as counts, reward, reward_low, reward_high, success,
+    success_low, success_high, steps, invalid_rate, errors (episodes that the environment broke).
+
+    Raises:
+        ValueError: two seeds of a method played different tasks, or as in `rewards_table`.
+    """
+    frame = _frame(episodes, kind)
+    keys = ["env", "method", "split"] + (["kind"] if kind else [])
+    rows = []
+    for key, group in frame.groupby(keys, sort=False):
+        scores = _matrices(group, ["reward", "success", "steps"])
+        row = dict(zip(keys, key, strict=True)) | {"seeds": len(scores), "n": len(scores["reward"].columns)}
+        for name in ("reward", "success"):
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(scores[name].to_numpy())
+        turns = group["steps"].sum()
+        row["steps"] = float(scores["steps"].to_numpy().mean())
+        row["invalid_rate"] = float(group["invalid"].sum() / turns) if turns else math.nan
+        rows.append(row | {"errors": int(group["error"].sum())})
+    return pd.DataFrame(rows)
+
+
+def interval(values_ST: Array) -> tuple[float, float, float]:  # noqa: N803
+    """Mean of scores in [0, 1] with a 95 % confidence interval.
+
+    With one seed the interval is over tasks alone, mean +- t(n-1) * s / sqrt(n): it says how far another draw of tasks
+    would move the score of this very policy, not how far another training would. With several seeds both are in:
+
+        variance = s_S^2 / S + s_T^2 / T
+
+    where s_S^2 is the sample variance of the S seeds' means and s_T^2 that of the T tasks' means over seeds. In the
+    two-way random-effects model of seeds and tasks the sum overestimates the variance of the grand mean by one share of
+    the residual, sigma_e^2 / (S T), and so errs on the safe side (Owen 2007, "The pigeonhole bootstrap", Ann. Appl.
+    Stat. 1(2), sec. 3). The quantile is Student's with the degrees of freedom of Satterthwaite (1946, Biometrics
+    Bulletin 2(6)) for a sum of two variances.
+
+    Args:
+        values_ST: [seeds, tasks] scores.
+
+    Returns:
+        Mean, low, high, cut to [0, 1]. Low and high are NaN where the data hold no spread to tell one from: a single
+        task, or the same score throughout.
+    """
+    mean = float(values_ST.mean())
+    parts = [(m.var(ddof=1) / m.size, m.size - 1) for m in (values_ST.mean(1), values_ST.mean(0)) if m.size > 1]
+    variance = sum(part for part, _ in parts)
+    if values_ST.shape[1] < 2 or variance < 1e-18:
+        return mean, math.nan, math.nan
+    freedom = variance**2 / sum(part**2 / freedom for part, freedom in parts)
+    half = student_quantile((1 + LEVEL) / 2, freedom) * math.sqrt(variance)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+@functools.lru_cache(maxsize=4096)
+def student_quantile(probability: float, freedom: float) -> float:
+    """Quantile of Student's t for any real degrees of freedom >= 1, to five digits or more up to 10,000 of them.
+
+    With t = sqrt(v) tan(a) the density of the angle a is proportional to cos(a)^(v-1): smooth on a bounded range, so a
+    trapezoid sum gives the distribution function.
+    """
+    angles = np.linspace(0, np.pi / 2, 40_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = np.interp(abs(2 * probability - 1), below / below[-1], angles)
+    return math.copysign(math.sqrt(freedom) * math.tan(float(angle)), probability - 0.5)
+
+
+def paired(
+    episodes: Iterable[Trajectory], methods: Sequence[str], baseline: str, *, draws: int = 10_000, seed: int = 0
+) -> pd.DataFrame:
+    """Each method against a baseline over the same tasks and seeds.
+
+    The interval is a percentile bootstrap of the paired differences (Efron & Tibshirani 1993, ch. 13). Tasks, and where
+    there are several also seeds, are drawn anew independently of each other, whole rows and columns at a time (Owen
+    2007, as in `interval`). Of n units n - 1 are drawn, which makes the bootstrap variance s^2 / n and not its usual
+    (n - 1) / n part of it (Rao & Wu 1988, JASA 83(401)): with two or three seeds that part matters.
+
+    Args:
+        episodes: of all methods and the baseline.
+        methods: whom to compare.
+        baseline: against whom.
+        draws: bootstrap replications.
+        seed: of the bootstrap; the same arguments give the same table.
+
+    Returns:
+        One row for each environment, split and method: env, split, method, baseline, seeds, n (tasks), difference (of
+        mean rewards, method - baseline), low, high (NaN where all differences are equal), and wins, losses, ties, which
+        count the seeds x tasks episodes by the sign of their difference.
+
+    Raises:
+        ValueError: method and baseline, or two seeds of one of them, did not play the same tasks.
+    """
+    rows = []
+    for (env, split), group in _frame(episodes).groupby(["env", "split"], sort=False):
+        scores = {
+            method: _matrices(group[group["method"] == method], ["reward"])["reward"] for method in {*methods, baseline}
+        }
+        for method in methods:
+            ours, theirs = scores[method], scores[baseline]
+            if not (ours.index.equals(theirs.index) and ours.columns.equals(theirs.columns)):
+                raise ValueError(
+                    f"{env}, {split}: {method} and {baseline} played different tasks or seeds; evaluate both again."
+                )
+            values_ST = ours.to_numpy() - theirs.to_numpy()  # noqa: N806
+            low, high = _bootstrap(values_ST, draws, np.random.default_rng(seed))
+            wins, losses = int((values_ST > 1e-9).sum()), int((values_ST < -1e-9).sum())
+            rows.append(
+                {"env": env, "split": split, "method": method, "baseline": baseline}
+                | {"seeds": values_ST.shape[0], "n": values_ST.shape[1], "difference": float(values_ST.mean())}
+                | {"low": low, "high": high, "wins": wins, "losses": losses, "ties": values_ST.size - wins - losses}
+            )
+    return pd.DataFrame(rows)
+
+
+def _bootstrap(values_ST: Array, draws: int, generator: np.random.Generator) -> tuple[float, float]:  # noqa: N803
+    """Percentile interval of the mean of [seeds, tasks] values; see `paired`."""
+    if np.ptp(values_ST) < 1e-9:
+        return math.nan, math.nan
+    seeds_DS, tasks_DT = (  # noqa: N806
+        generator.multinomial(max(1, size - 1), [1 / size] * size, size=draws) / max(1, size - 1)
+        for size in values_ST.shape
+    )
+    means = ((seeds_DS @ values_ST) * tasks_DT).sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _frame(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | None = None) -> pd.DataFrame:
+    """One row an episode."""
+    rows = [
+        {
+            "env": one.env,
+            "method": one.policy,
+            "split": one.split,
+            "seed": one.seed,
+            "kind": kind(one) if kind else "",
+            "task": one.id,
+            "sample": one.sample,
+            "reward": one.reward,
+            "success": float(one.success),
+            "steps": len(one.turns),
+            "invalid": sum(not turn.valid for turn in one.turns),
+            "error": one.status.is_error,
+        }
+        for one in episodes
+    ]
+    columns = [*GROUP, "kind", "task", "sample", "reward", "success", "steps", "invalid", "error"]
+    frame = pd.DataFrame(rows, columns=columns)
+    twice = frame[frame.duplicated([*GROUP, "task", "sample"])]
+    if len(twice):
+        raise ValueError(f"{_named(twice)} appears twice; delete the second of the two lines in its episodes.jsonl.")
+    lost = frame[~np.isfinite(frame["reward"].astype(float))]
+    if len(lost):
+        raise ValueError(f"{_named(lost)} has no reward; delete its line in episodes.jsonl and play it again.")
+    return frame
+
+
+def _named(rows: pd.DataFrame) -> str:
+    """The first of some episodes, for a message."""
+    first = rows.iloc[0]
+    return (
+        f"{first['env']}, {first['method']}, {first['split']}, seed {first['seed']}: "
+        f"task {first['task']}, sample {first['sample']}"
+    )
+
+
+def _table(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Means and standard errors over tasks; keys, then `MEASURES`."""
+    tasks = frame.groupby([*keys, "task"], sort=False)[["reward", "success", "steps"]].mean()
+    table = tasks.groupby(keys, sort=False).agg(
+        n=("reward", "size"),
+        reward=("reward", "mean"),
+        reward_se=("reward", "sem"),
+        success=("success", "mean"),
+        success_se=("success", "sem"),
+        steps=("steps", "mean"),
+    )
+    actions = frame.groupby(keys, sort=False)[["invalid", "steps"]].sum()
+    table["invalid_rate"] = actions["invalid"] / actions["steps"]
+    return table.reset_index()
+
+
+def _matrices(group: pd.DataFrame, measures: list[str]) -> pd.DataFrame:
+    """Measures of one method, each a block of columns [seeds, tasks], samples averaged.
+
+    Raises:
+        ValueError: a seed lacks a task that another one has.
+    """
+    matrix = group.pivot_table(index="seed", columns="task", values=measures, aggfunc="mean")
+    if matrix.isna().to_numpy().any():
+        first = group.iloc[0]
+        raise ValueError(
+            f"{first['env']}, {first['method']}, {first['split']}: the seeds played different tasks; evaluate again."
+        )
+    return matrix

@@ -1,0 +1,194 @@
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.records import EpisodeStatus, Trajectory, Turn
+from pipeline.statistics import COLUMNS, by_kind, interval, paired, rewards_table, statuses, student_quantile, summary
+
+
+def episode(
+    task: str, reward: float, *, policy: str = "sft", seed: int = 0, sample: int = 0, steps: int = 2, invalid: int = 0,
+    split: str = "seen", status: EpisodeStatus = EpisodeStatus.COMPLETED, success: bool = False,
+) -> Trajectory:  # fmt: skip
+    turns = [Turn(text="", action="", observation="", reward=reward, valid=place >= invalid) for place in range(steps)]
+    return Trajectory(
+        id=task, env="toy", split=split, policy=policy, seed=seed, sample=sample, messages=[], prompt_length=0,
+        turns=turns, reward=reward, success=success, status=status,
+    )  # fmt: skip
+
+
+def test_means_and_standard_errors_by_hand():
+    episodes = [
+        episode("toy:a:1", 1.0, success=True, steps=2),
+        episode("toy:a:2", 0.5, steps=3, invalid=1),
+        episode("toy:b:1", 0.0, steps=4),
+        episode("toy:a:1", 0.25, policy="dmpo", seed=1, split="unseen"),
+    ]
+    table = rewards_table(episodes)
+    assert list(table.columns) == COLUMNS
+    assert COLUMNS == [
+        "env", "method", "split", "seed", "n", "reward", "reward_se", "success", "success_se", "steps", "invalid_rate"
+    ]  # fmt: skip
+    first, second = table.to_dict("records")
+    assert first == pytest.approx({
+        "env": "toy", "method": "sft", "split": "seen", "seed": 0, "n": 3,
+        "reward": 0.5, "reward_se": 0.5 / math.sqrt(3),  # s = 1/2
+        "success": 1 / 3, "success_se": 1 / 3,  # s^2 = 1/3
+        "steps": 3, "invalid_rate": 1 / 9,
+    })  # fmt: skip
+    assert (second["method"], second["split"], second["seed"], second["n"], second["reward"]) == (
+        "dmpo", "unseen", 1, 1, 0.25
+    )  # fmt: skip
+    assert math.isnan(second["reward_se"])
+
+
+def test_samples_of_a_task_are_averaged_first():
+    episodes = [episode("toy:a:1", 1.0), episode("toy:a:1", 0.0, sample=1), episode("toy:a:2", 0.1)]
+    row = rewards_table(episodes).iloc[0]
+    assert (row["n"], row["reward"]) == (2, pytest.approx(0.3))
+    assert row["reward_se"] == pytest.approx(0.2)  # of the task means 0.5 and 0.1
+
+
+def test_breakdown_by_kind():
+    episodes = [episode("toy:a:1", 1.0), episode("toy:a:2", 0.0), episode("toy:b:1", 0.25)]
+    table = by_kind(episodes, lambda one: one.id.split(":")[1])
+    assert list(table.columns) == ["env", "method", "split", "seed", "kind", *COLUMNS[4:]]
+    assert table[["kind", "n", "reward"]].to_numpy().tolist() == [["a", 2, 0.5], ["b", 1, 0.25]]
+
+
+def test_no_actions_have_no_invalid_rate():
+    assert math.isnan(rewards_table([episode("toy:a:1", 0.0, steps=0)]).iloc[0]["invalid_rate"])
+
+
+def test_broken_episodes_count_with_their_reward_and_are_told():
+    episodes = [episode("toy:a:1", 1.0), episode("toy:a:2", 0.5, status=EpisodeStatus.ENV_ERROR)]
+    assert rewards_table(episodes).iloc[0][["n", "reward"]].tolist() == [2, 0.75]
+    assert summary(episodes).iloc[0]["errors"] == 1
+    row = statuses(episodes).iloc[0]
+    assert (row["completed"], row["env_error"], row["timeout"]) == (1, 1, 0)
+    assert row[list(EpisodeStatus)].sum() == 2
+
+
+def test_an_episode_twice_is_refused():
+    with pytest.raises(ValueError, match="task toy:a:1, sample 0 appears twice"):
+        rewards_table([episode("toy:a:1", 1.0), episode("toy:a:1", 0.0)])
+
+
+def test_a_lost_reward_is_refused_and_not_skipped():
+    with pytest.raises(ValueError, match="has no reward"):
+        rewards_table([episode("toy:a:1", math.nan)])
+
+
+# Quantiles from mpmath's incomplete beta function; those of whole numbers stand in every table.
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062047), (1.5, 6.0166631), (2, 4.3026527), (2.5, 3.5746549), (4, 2.7764451), (30, 2.0422725),
+     (1000, 1.9623391)],
+)  # fmt: skip
+def test_student_quantiles(freedom: float, quantile: float):
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-5)
+    assert student_quantile(0.025, freedom) == pytest.approx(-quantile, rel=1e-5)
+
+
+def test_interval_of_one_seed_is_students():
+    mean, low, high = interval(np.array([[0.4, 0.5, 0.6, 0.5, 0.5]]))
+    half = 2.7764451 * math.sqrt(0.005 / 5)  # t(4), s^2 = 0.02 / 4
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), rel=1e-5)
+
+
+def test_interval_of_two_seeds_by_hand():
+    # Seed means 0.4, 0.5: s^2 / 2 = 0.0025. Task means 0.3, 0.5, 0.55: s^2 / 3 = 0.0175 / 3. Satterthwaite: 2.985075.
+    mean, low, high = interval(np.array([[0.2, 0.4, 0.6], [0.4, 0.6, 0.5]]))
+    half = 3.1914672 * math.sqrt(0.0025 + 0.0175 / 3)
+    assert (mean, low, high) == pytest.approx((0.45, 0.45 - half, 0.45 + half), rel=1e-5)
+
+
+def test_interval_stays_in_the_unit_interval_and_needs_spread():
+    assert interval(np.array([[0.0, 0.0, 1.0]]))[1] == 0.0
+    assert interval(np.array([[1.0, 1.0, 0.0]]))[2] == 1.0
+    for values in ([[0.3]], [[0.3], [0.4]], [[1.0, 1.0, 1.0]]):
+        mean, low, high = interval(np.array(values))
+        assert mean == pytest.approx(np.mean(values))
+        assert math.isnan(low)
+        assert math.isnan(high)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_interval_covers_the_truth_as_often_as_it_says(seeds: int):
+    # Scores that differ by seed, by task and by chance; with one seed, only the tasks' spread is promised.
+    draw, covered, trials = np.random.default_rng(0), 0, 400
+    for _ in range(trials):
+        by_seed = draw.normal(0, 0.03, (seeds, 1)) if seeds > 1 else 0
+        scores = 0.5 + by_seed + draw.normal(0, 0.1, (1, 20)) + draw.normal(0, 0.05, (seeds, 20))
+        _, low, high = interval(scores)
+        covered += low <= 0.5 <= high
+    assert 0.92 <= covered / trials <= 0.99
+
+
+def test_summary_over_seeds():
+    episodes = [
+        episode(f"toy:a:{task}", reward, seed=seed, success=reward > 0.5, steps=4, invalid=1)
+        for seed, rewards in enumerate([[0.2, 0.4, 0.6], [0.4, 0.6, 0.5]])
+        for task, reward in enumerate(rewards)
+    ]
+    row = summary(episodes).iloc[0]
+    assert (row["seeds"], row["n"], row["steps"], row["invalid_rate"]) == (2, 3, 4.0, 0.25)
+    assert (row["reward"], row["success"]) == pytest.approx((0.45, 1 / 3))
+    assert (row["reward_low"], row["reward_high"]) == pytest.approx((0.45 - 0.29134, 0.45 + 0.29134), abs=1e-5)
+    assert summary(episodes, lambda _: "a").iloc[0]["kind"] == "a"
+
+
+def test_summary_refuses_seeds_with_other_tasks():
+    with pytest.raises(ValueError, match="played different tasks"):
+        summary([episode("toy:a:1", 1.0), episode("toy:a:2", 1.0, seed=1)])
+
+
+def both(ours: list[list[float]], theirs: list[list[float]]) -> list[Trajectory]:
+    return [
+        episode(f"toy:a:{task}", reward, policy=policy, seed=seed)
+        for policy, table in (("dmpo", ours), ("sft", theirs))
+        for seed, rewards in enumerate(table)
+        for task, reward in enumerate(rewards)
+    ]
+
+
+def test_paired_counts_and_difference():
+    row = paired(both([[0.9, 0.2, 0.5]], [[0.4, 0.3, 0.5]]), ["dmpo"], "sft").iloc[0]
+    assert (row["wins"], row["losses"], row["ties"], row["n"], row["seeds"]) == (1, 1, 1, 3, 1)
+    assert row["difference"] == pytest.approx((0.5 - 0.1 + 0) / 3)
+    assert row["low"] < row["difference"] < row["high"]
+
+
+def test_paired_draws_one_of_two_tasks():
+    # n - 1 = 1 of the two differences 0 and 1 is drawn: the bootstrap mean is 0 or 1.
+    row = paired(both([[0.0, 1.0]], [[0.0, 0.0]]), ["dmpo"], "sft").iloc[0]
+    assert (row["low"], row["high"]) == (0.0, 1.0)
+
+
+def test_paired_interval_has_the_normal_width_on_many_tasks():
+    draw = np.random.default_rng(1)
+    theirs = draw.uniform(0.2, 0.8, 400)
+    ours = theirs + draw.normal(0.05, 0.1, 400)
+    row = paired(both([ours.tolist()], [theirs.tolist()]), ["dmpo"], "sft").iloc[0]
+    half = 1.96 * (ours - theirs).std(ddof=1) / 20
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(half, rel=0.05)
+    assert paired(both([ours.tolist()], [theirs.tolist()]), ["dmpo"], "sft").iloc[0].equals(row)
+
+
+def test_paired_takes_seeds_into_account():
+    # No spread over tasks, 0.2 between the two seeds: one seed of two is drawn.
+    row = paired(both([[0.5] * 9, [0.7] * 9], [[0.5] * 9, [0.5] * 9]), ["dmpo"], "sft").iloc[0]
+    assert (row["low"], row["high"]) == pytest.approx((0.0, 0.2))
+
+
+def test_paired_without_spread_has_no_interval():
+    row = paired(both([[0.5, 0.6]], [[0.4, 0.5]]), ["dmpo"], "sft").iloc[0]
+    assert row["difference"] == pytest.approx(0.1)
+    assert math.isnan(row["low"])
+
+
+def test_paired_refuses_other_tasks():
+    episodes = [episode("toy:a:1", 1.0, policy="dmpo"), episode("toy:a:2", 1.0)]
+    with pytest.raises(ValueError, match="dmpo and sft played different tasks"):
+        paired(episodes, ["dmpo"], "sft")
