@@ -1,0 +1,49 @@
+# Sourced by run_all.sh and tests/run.sh: leaves `python` pointing at an environment in which the pipeline runs. An active
+# environment that has everything is used as it is; else .venv is made, once, from pyproject.toml.
+
+usable() { # every package the pipeline imports is there (looked for, not imported: importing vllm takes seconds)
+  "$1" - 2>/dev/null <<'PY'
+import importlib.util as util, sys
+needed = ["torch", "vllm", "transformers", "peft", "accelerate", "gymnasium", "scienceworld", "pydantic", "pandas"]
+sys.exit(not all(util.find_spec(name) for name in needed + sys.argv[1:]))
+PY
+}
+
+find_python() { # the first interpreter of a version that every dependency supports
+  local candidate
+  for candidate in python3.11 python3.12 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11 or 3.12 found; install one (apt-get install python3.11 python3.11-venv)." >&2
+  return 1
+}
+
+install_into() { # torch by pip, which knows where its own settings say CPU builds lie; the rest by uv, see pyproject.toml
+  local python=$1 torch extra=cpu index
+  torch=$(grep -oE 'torch==[0-9.]+' pyproject.toml | head -n 1)
+  "$python" -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
+  if command -v nvidia-smi >/dev/null; then
+    extra=gpu
+  elif [ "$(uname -s)" = Linux ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check "$torch+cpu" 2>/dev/null ||
+      "$python" -m pip install --quiet "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+  fi
+  if index=$("$python" -m pip config get global.index-url 2>/dev/null); then export UV_DEFAULT_INDEX=$index; fi
+  "$python" -m uv pip install --quiet --python "$python" --editable ".[$extra,test]"
+}
+
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && usable python; then
+  :
+else
+  if ! usable .venv/bin/python; then
+    echo "Setting up .venv (a few minutes, once) ..." >&2
+    base=$(find_python)
+    rm -rf .venv
+    "$base" -m venv .venv
+    install_into .venv/bin/python
+  fi
+  export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+fi

@@ -1,0 +1,298 @@
+"""What a run is made of: one recipe (a YAML file) plus `key=value` overrides, checked before anything starts.
+
+Every key is a field below with a default and a docstring; `--help` prints them, and a key that is not here is refused.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from envs.sciworld import Settings as ScienceWorldSettings
+from pipeline.engines import EngineSettings
+from pipeline.methods import Discount
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _comma_list(value: Any) -> Any:
+    """`a,b` and a bare scalar are lists too, as the command line writes them."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) else value
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors; a field's docstring is its help text."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class EnvConfig(Section):
+    """Environments. On the command line `env=NAME[,NAME]` picks them and `env.NAME.key=value` sets one up."""
+
+    names: Annotated[list[Literal["sciworld"]], BeforeValidator(_comma_list), Field(min_length=1)] = ["sciworld"]
+    """The environments of the run, one after the other."""
+    example: bool = True
+    """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
+    sciworld: ScienceWorldSettings = ScienceWorldSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        return {"names": value} if isinstance(value, str | list) else value
+
+
+class ModelConfig(Section):
+    """The policy before any training."""
+
+    path: str | None = None
+    """Hub id or folder of the model to start from. Empty: a new, randomly initialised Llama of the sizes below with a
+    BPE tokenizer trained on the experts' text."""
+    max_length: int = Field(2048, ge=64)
+    """Longest conversation in tokens, in training and in rollouts."""
+    vocabulary: int = Field(3000, ge=300)
+    """Tokens of the new tokenizer."""
+    hidden: int = Field(256, ge=8)
+    """Width of the new model; its feed-forward layers are three times as wide."""
+    layers: int = Field(4, ge=1)
+    """Decoder layers of the new model."""
+    heads: int = Field(4, ge=1)
+    """Attention heads of the new model."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of LoRA adapters on every linear layer; 0 trains all weights. With LoRA the reference is the base model with
+    the adapter off."""
+    lora_alpha: int = Field(16, ge=1)
+    """Scale of the LoRA update: it is multiplied by alpha / rank."""
+
+
+class WorkersConfig(Section):
+    """The processes that environments run in."""
+
+    processes: int = Field(2, ge=1)
+    """Worker processes; ScienceWorld starts one JVM in each."""
+    slots: int = Field(8, ge=1)
+    """Episodes that take turns in one worker; processes x slots episodes are played at once."""
+    timeout: float = Field(120, gt=0)
+    """Seconds after which an unanswered step counts as lost."""
+
+
+class ExpertsConfig(Section):
+    """Expert trajectories."""
+
+    source: Path | None = None
+    """File of official expert data (ShareGPT JSON, as published with ETO). Empty: the environment solves its own
+    training tasks."""
+    thoughts: bool = True
+    """Whether the expert's replies say why (`Thought: ...`) before they act. Official data keeps what it has."""
+
+
+class TrainingConfig(Section):
+    """What SFT and preference training share."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of AdamW."""
+    batch_size: int = Field(gt=0)
+    """Examples an optimizer step sees, over all processes and accumulation steps."""
+    micro_batch_size: int = Field(8, gt=0)
+    """Examples in one forward pass on one device; accumulation makes up the rest of `batch_size`."""
+    epochs: float = Field(3, gt=0)
+    """Passes over the data."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of all steps that the learning rate rises over."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "constant_with_warmup"
+    """Learning rate after the warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    bf16: bool | None = None
+    """bfloat16 autocast; empty: where the machine computes in it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_steps: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints; a killed stage goes on from the last one."""
+
+    @model_validator(mode="after")
+    def _whole_accumulation(self) -> "TrainingConfig":
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; make it one"
+            )
+        return self
+
+
+class SftConfig(TrainingConfig):
+    """Supervised fine-tuning on the experts' turns."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(64, gt=0)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+
+
+class PlayConfig(Section):
+    """How a policy plays, in exploration and evaluation alike."""
+
+    max_tokens: int = Field(256, ge=1)
+    """Most tokens of one reply."""
+    max_malformed: int | None = Field(None, ge=1)
+    """Give an episode up after this many malformed replies in a row (status `parse_error`). Empty: never, as the
+    paper."""
+
+
+class RolloutConfig(Section):
+    """Exploration of the training tasks by the SFT policy."""
+
+    temperature: float = Field(0.7, ge=0)
+    """Sampling temperature; 0 is greedy, which is what the official code does."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling: keep the likeliest tokens up to this probability."""
+    samples: int = Field(1, ge=1)
+    """Episodes for each training task."""
+    tasks: int | None = Field(None, ge=1)
+    """Explore only this many of the training tasks that have an expert, drawn by the run's seed. Empty: all."""
+
+
+class PairsConfig(Section):
+    """Win/lose pairs: on each task the expert against the policy; the higher reward is chosen, ties are dropped."""
+
+    min_gap: float = Field(0.0, ge=0, lt=1)
+    """Least difference of the two rewards; a smaller one drops the pair, and 0 drops ties alone."""
+    errors: Literal["drop", "keep"] = "drop"
+    """What to do with episodes that ended in an environment error or a time-out."""
+
+
+class PreferenceConfig(TrainingConfig):
+    """Preference training."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    batch_size: int = Field(32, gt=0)
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull to the reference policy."""
+    gamma: float = Field(0.7, ge=0, le=1)
+    """Discount over turns; methods without a discount ignore none: see `pipeline/losses.py`."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation on new tasks, greedy."""
+
+    splits: Annotated[list[Literal["seen", "unseen"]], BeforeValidator(_comma_list)] = ["seen", "unseen"]
+    """The splits to play."""
+    tasks: int | None = Field(None, ge=1)
+    """Play only this many tasks of a split, spread evenly over its kinds. Empty: all."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
+    """Name of the run's folder under runs/; empty: the recipe's name."""
+    seed: Annotated[list[int], BeforeValidator(_comma_list), Field(min_length=1)] = [0]
+    """Seeds; each is a whole run of its own, and the table averages over them."""
+    method: Annotated[list[Discount], BeforeValidator(_comma_list), Field(min_length=1)] = [Discount.DMPO]
+    """Preference losses to train with, each from the same SFT policy and pairs; `trajectory` is DPO / ETO."""
+    env: EnvConfig = EnvConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineSettings = EngineSettings()
+    workers: WorkersConfig = WorkersConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    sft: SftConfig = SftConfig()
+    play: PlayConfig = PlayConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    pairs: PairsConfig = PairsConfig()
+    train: PreferenceConfig = PreferenceConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path("runs") / self.run
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put `a.b.c=value` into nested dicts; the value is YAML."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"{override!r} is no override; write key=value, as in seed=1.")
+    path = key.split(".")
+    if path == ["env"]:
+        path = ["env", "names"]
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{override!r}: {part} is no section.")
+    try:
+        tree[path[-1]] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is no YAML ({str(error).splitlines()[0]}).") from None
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """The first complaint of a validation as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})."
+    near = difflib.get_close_matches(key, [name for name, _, _ in describe(Config)], n=1, cutoff=0.5)
+    return f"{source}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} --help lists every key."
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: a name in `pipeline/recipes`, or the path of a YAML file.
+        overrides: `key=value` strings, later ones win.
+
+    Raises:
+        ValueError: no such recipe, or a key or value that a run cannot have; one sentence.
+    """
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+    if not path.is_file() or path.suffix not in (".yaml", ".yml"):
+        known = ", ".join(sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")))
+        raise ValueError(f"No recipe {recipe!r}: it is neither a YAML file nor one of {known}.")
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values.")
+    if isinstance(tree.get("env"), str | list):
+        tree["env"] = {"names": tree["env"]}
+    for override in overrides:
+        _set(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error, str(path) + (" with " + " ".join(overrides) if overrides else ""))) from None
+    return config if config.run else config.model_copy(update={"run": path.stem})
+
+
+def describe(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of a section as (dotted name, default, meaning), depth first."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from describe(annotation, f"{prefix}{name}.")
+            continue
+        default = yaml.safe_dump(_plain(field.default), default_flow_style=True).removesuffix("...\n").strip()
+        yield prefix + name, default, " ".join(_meaning(section, name).split())
+
+
+def _meaning(section: type[BaseModel], name: str) -> str:
+    """The docstring of a field, or of the field that it overrides."""
+    fields = (base.model_fields.get(name) for base in section.__mro__ if issubclass(base, BaseModel))
+    return next((field.description for field in fields if field and field.description), "")
+
+
+def _plain(value: Any) -> Any:
+    """A default as YAML writes it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | None) else str(value)

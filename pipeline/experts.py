@@ -1,0 +1,156 @@
+"""Stage `experts`: expert trajectories in ReAct form, from the environment's own solutions or from official data.
+
+The environment solves each of its training tasks; the solution is then replayed through the same episode loop that
+policies play in, and kept if it reaches the full reward. A replay that reads other observations than the solution did
+comes from a simulator that is not deterministic: the trajectory is kept as it was replayed, and the manifest names it.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import envs
+from pipeline import jobs, react, runs
+from pipeline.config import Config
+from pipeline.play import Episode, ExpertPlayer, play_episodes
+from pipeline.records import EpisodeStatus, JsonlAppender, ShareGpt, Trajectory, Turn, read_jsonl, write_jsonl
+
+REPLAYS = "replays.jsonl"
+
+
+def main(config: Config) -> None:
+    """Write the expert trajectories of each environment and seed."""
+    source = config.experts.source
+    for name in config.env.names:
+        env = envs.load(name)
+        settings = runs.settings_of(config.experts, env=jobs.env_settings(config, env))
+        for seed in config.seed:
+            folder = runs.seed_folder(config, name, seed) / "experts"
+            inputs = {"experts.source": source} if source else {}
+            with runs.stage(folder, settings=settings, inputs=inputs, keep=(REPLAYS,)) as stage:
+                if stage.done:
+                    continue
+                if source:
+                    trajectories, facts = read_official(env, source), {"source": str(source)}
+                else:
+                    trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
+                if not trajectories:
+                    raise ValueError(f"{name}: no expert trajectory reaches the full reward: {facts}.")
+                write_jsonl(folder / jobs.EPISODES, trajectories)
+                stage.facts.update(facts | jobs.summary(trajectories))
+
+
+async def solve(
+    config: Config, env: type[envs.TextEnv], seed: int, replays: Path
+) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Replay the environment's solutions of its training tasks.
+
+    Returns:
+        The trajectories that reach the full reward, in the order of the tasks, and what the manifest says of the rest.
+    """
+    job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
+    async with jobs.open_pool(config, env) as pool:
+        tasks = await jobs.chosen_tasks(job, pool, env)
+        done = {one.id for one in read_jsonl(replays, Trajectory)[0]} if replays.is_file() else set()
+        episodes = [Episode(task=task, split="train", policy="expert", seed=seed) for task in tasks if task not in done]
+        with JsonlAppender(replays) as appender:
+            await play_episodes(
+                pool,
+                env,
+                episodes,
+                lambda _: ExpertPlayer(thoughts=config.experts.thoughts),
+                config.play,
+                appender,
+                example=False,
+                label=f"{env.name} experts",
+            )
+    place = {task: position for position, task in enumerate(tasks)}
+    played = sorted(read_jsonl(replays, Trajectory)[0], key=lambda one: place[one.id])
+    kept = [one for one in played if one.success]
+    reasons = Counter(one.note or f"reward below 1 ({one.status})" for one in played if not one.success)
+    return kept, {
+        "dropped": dict(reasons),
+        "dropped_ids": [one.id for one in played if not one.success],
+        "replays_that_differ": [one.id for one in kept if one.note],
+    }
+
+
+def read_official(env: type[envs.TextEnv], path: Path) -> list[Trajectory]:
+    """Read expert data as published with ETO: a JSON list of ShareGPT conversations, or the same as JSON lines.
+
+    The instruction is replaced by the environment's own, which is what rollouts carry; ids become content ids.
+
+    Raises:
+        ValueError: an item that is no conversation of the expected form, or whose actions are not of the environment's
+            grammar; names the item.
+    """
+    items = _items(path)
+    return [_official_trajectory(env, item, f"{path}, item {number}") for number, item in enumerate(items, 1)]
+
+
+def _items(path: Path) -> list[ShareGpt]:
+    if not path.is_file():
+        raise ValueError(f"experts.source: {path} is no file.")
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, ShareGpt)[0]
+    try:
+        return TypeAdapter(list[ShareGpt]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        number, *field = first["loc"] or ("?",)
+        item = f", item {number + 1}" if isinstance(number, int) else ""
+        where = f" (field {'.'.join(map(str, field))})" if field else ""
+        raise ValueError(f"{path}{item}: not a ShareGPT conversation{where}: {first['msg']}.") from None
+
+
+def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str) -> Trajectory:
+    """One published conversation: instruction, OK, task, then reply and observation in turn."""
+    speakers = [line.speaker for line in item.conversations]
+    if (
+        speakers[:3] != ["human", "gpt", "human"]
+        or "gpt" not in speakers[3:]
+        or any(speaker != ("gpt" if place % 2 else "human") for place, speaker in enumerate(speakers))
+    ):
+        raise ValueError(
+            f"{where}: the speakers must be human and gpt in turn: instruction, OK, task, then replies and answers."
+        )
+    values = [line.value for line in item.conversations]
+    replies, answers = values[3::2], [value.removeprefix("Observation: ") for value in values[4::2]]
+    answers += [""] * (len(replies) - len(answers))
+    reward = 1.0 if item.reward is None else item.reward
+    turns = [_official_turn(env, text, answer, where) for text, answer in zip(replies, answers, strict=True)]
+    turns[-1].reward = reward
+    messages = react.prompt(env, env.official_task(values[2]), example=False)
+    prompt_length = len(messages)
+    for turn in turns:
+        messages += [react.assistant(turn.text), react.observation(turn.observation)]
+    return Trajectory(
+        id=env.official_id(item.model_dump()),
+        env=env.name,
+        split="train",
+        policy="expert",
+        seed=0,
+        messages=messages[:-1],
+        prompt_length=prompt_length,
+        turns=turns,
+        reward=reward,
+        success=reward == 1.0,
+        status=EpisodeStatus.COMPLETED,
+    )
+
+
+def _official_turn(env: type[envs.TextEnv], text: str, answer: str, where: str) -> Turn:
+    action = react.action_of(text)
+    if action == envs.MALFORMED:
+        raise ValueError(f"{where}: a reply without an `Action:` line: {json.dumps(text[:80])}.")
+    verb = env.unknown_verb(action)
+    if verb is not None:
+        raise ValueError(
+            f"{where}: {env.name} knows no action {json.dumps(action)} (verb {verb!r}); the data are of another "
+            "version of the environment's grammar, and a policy trained on them would score 0."
+        )
+    return Turn(text=text, action=action, observation=answer, reward=0.0, valid=True)

@@ -1,0 +1,264 @@
+"""What is to be played by whom, and the process that plays it.
+
+A `Job` is all episodes of one policy on one split; its folder is a stage of its own, with a manifest. All jobs of one
+checkpoint are played by one engine process, which then exits: no engine ever serves weights that changed under it.
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import envs
+from envs.pool import EnvPool
+from pipeline import runs
+from pipeline.config import Config
+from pipeline.play import Episode, ExpertPlayer, Player, PolicyPlayer, RandomPlayer, play_episodes
+from pipeline.records import JsonlAppender, Trajectory, read_jsonl, write_jsonl
+
+EPISODES = "episodes.jsonl"
+BASELINES = ("random", "expert")
+"""Who plays beside the policies: chance, and the environment's own solutions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Episodes of one policy on one split."""
+
+    folder: Path
+    env: str
+    seed: int
+    policy: str
+    """`random`, `expert`, or the name of a trained policy."""
+    split: str
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+    """Episodes for each task."""
+    limit: int | None = None
+    """Only this many tasks, spread evenly over the kinds."""
+    only: Path | None = None
+    """Only tasks that this file of trajectories has, `limit` of them drawn by the seed."""
+
+
+def settings(config: Config, job: Job) -> dict[str, Any]:
+    """What a job's episodes depend on besides the policy."""
+    env = envs.load(job.env)
+    served = job.policy not in BASELINES
+    return runs.settings_of(
+        *([config.play] if served else []),
+        env=env_settings(config, env),
+        example=config.env.example and served,
+        max_length=config.model.max_length if served else None,
+        engine=config.engine.model_dump(include={"name", "dtype", "threads", "eager"}) if served else None,
+        **{
+            name: getattr(job, name) for name in ("seed", "policy", "split", "temperature", "top_p", "samples", "limit")
+        },
+    )
+
+
+def env_settings(config: Config, env: type[envs.TextEnv]) -> dict[str, Any]:
+    """What episodes depend on of their environment: its section of the recipe, its version and its data."""
+    section: BaseModel = getattr(config.env, env.name)
+    return section.model_dump(mode="json") | {"fingerprint": env.fingerprint(section)}
+
+
+def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
+    """The workers of an environment."""
+    workers = config.workers
+    return EnvPool(
+        env, getattr(config.env, env.name), workers=workers.processes, slots=workers.slots, timeout=workers.timeout
+    )
+
+
+def evaluation(config: Config, env: str, seed: int, policy: str) -> list[Job]:
+    """The jobs that evaluate one policy: greedy, one episode a task."""
+    folder = runs.seed_folder(config, env, seed) / "evaluate" / policy
+    return [
+        Job(folder=folder / split, env=env, seed=seed, policy=policy, split=split, limit=config.evaluate.tasks)
+        for split in config.evaluate.splits
+    ]
+
+
+def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> None:
+    """Play what is not played yet.
+
+    Args:
+        config: the run.
+        jobs: of one environment and one policy (or of baselines, which need no engine).
+        checkpoint: the stage folder whose `policy/` plays; None for baselines.
+        made_by: the stage that makes the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is not there.
+        RuntimeError: the engine process died.
+    """
+    with contextlib.ExitStack() as stack:
+        waiting: list[tuple[Job, runs.Stage]] = []
+        for job in jobs:
+            inputs = {made_by: checkpoint} if checkpoint else {}
+            if job.only:
+                inputs["experts"] = job.only.parent
+            work = stack.enter_context(runs.stage(job.folder, settings=settings(config, job), inputs=inputs))
+            if not work.done:
+                waiting.append((job, work))
+        if waiting:
+            facts = _in_own_process(_play, config, [job for job, _ in waiting], checkpoint and checkpoint / "policy")
+            for (_, work), fact in zip(waiting, facts, strict=True):
+                work.facts.update(fact)
+
+
+def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process, which takes its engine and its workers with it when it ends."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_die_with_parent) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "The engine process died; was it out of memory? Lower engine.kv_cache_gib or workers.slots, and run "
+                "the same command again: finished episodes are kept."
+            ) from None
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as its parent is gone, so that a killed run leaves nobody writing into its folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _play(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Play jobs in this process; returns what each manifest is to say."""
+    return asyncio.run(_play_jobs(config, jobs, checkpoint))
+
+
+async def _play_jobs(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
+    env = envs.load(jobs[0].env)
+    async with open_pool(config, env) as pool:
+        with _players(config, checkpoint) as make_player:
+            return [await _play_job(config, job, pool, env, make_player) for job in jobs]
+
+
+@contextlib.contextmanager
+def _players(config: Config, checkpoint: Path | None) -> Iterator[Callable[[Job], Player]]:
+    """What makes a job's players; holds the engine where a policy plays."""
+    if checkpoint is None:
+        yield lambda job: {"random": RandomPlayer, "expert": ExpertPlayer}[job.policy]()
+        return
+    from transformers import AutoTokenizer
+
+    from pipeline.engines import load_engine
+    from pipeline.rendering import Renderer
+
+    renderer = Renderer(AutoTokenizer.from_pretrained(checkpoint))
+    engine = load_engine(config.engine, checkpoint, config.model.max_length, renderer.end_token_ids)
+    with contextlib.closing(engine):
+        yield lambda job: PolicyPlayer(engine, renderer, config.play, job.temperature, job.top_p)
+
+
+async def _play_job(
+    config: Config, job: Job, pool: EnvPool, env: type[envs.TextEnv], make_player: Callable[[Job], Player]
+) -> dict[str, Any]:
+    """Play the episodes of one job that its file does not hold yet."""
+    path = job.folder / EPISODES
+    done, dropped = read_jsonl(path, Trajectory) if path.is_file() else ([], 0)
+    have = {(trajectory.id, trajectory.sample) for trajectory in done}
+    tasks = await chosen_tasks(job, pool, env)
+    episodes = [
+        Episode(task=task, split=job.split, policy=job.policy, seed=job.seed, sample=sample)
+        for task in tasks
+        for sample in range(job.samples)
+        if (task, sample) not in have
+    ]
+    with JsonlAppender(path) as appender:
+        await play_episodes(
+            pool,
+            env,
+            episodes,
+            lambda _: make_player(job),
+            config.play,
+            appender,
+            example=config.env.example and job.policy not in BASELINES,
+            label=f"{job.env} {job.policy} {job.split}",
+        )
+    order = {task: position for position, task in enumerate(tasks)}
+    trajectories = sorted(read_jsonl(path, Trajectory)[0], key=lambda one: (order[one.id], one.sample))
+    write_jsonl(path, trajectories)
+    return summary(trajectories) | {"half_written_lines_dropped": dropped, "already_played": len(have)}
+
+
+async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> list[str]:
+    """The tasks of a job, in a fixed order.
+
+    Raises:
+        ValueError: the splits of the environment share a task.
+    """
+    async with pool.session() as session:
+        splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
+    check_disjoint(splits)
+    tasks = splits[job.split]
+    if job.only:
+        wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)[0]}
+        tasks = [task for task in tasks if task in wanted]
+        if job.limit is not None:
+            drawn = set(random.Random(job.seed).sample(tasks, min(job.limit, len(tasks))))
+            tasks = [task for task in tasks if task in drawn]
+        return tasks
+    return spread(tasks, job.limit, env.kind)
+
+
+def check_disjoint(splits: dict[str, list[str]]) -> None:
+    """Refuse splits that share a task.
+
+    Raises:
+        ValueError: names the two splits and one shared task.
+    """
+    owner: dict[str, str] = {}
+    for split, tasks in splits.items():
+        for task in tasks:
+            if owner.setdefault(task, split) != split:
+                raise ValueError(
+                    f"Task {task} is in both {owner[task]} and {split}; a policy would be tested on it twice."
+                )
+
+
+def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) -> list[str]:
+    """At most `limit` tasks, taken from every kind in turn, in the order given."""
+    if limit is None or limit >= len(tasks):
+        return list(tasks)
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for task in tasks:
+        by_kind[kind(task)].append(task)
+    rank = {task: place for group in by_kind.values() for place, task in enumerate(group)}
+    kept = set(sorted(tasks, key=lambda task: rank[task])[:limit])
+    return [task for task in tasks if task in kept]
+
+
+def summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts and times of some episodes, for a manifest."""
+    return {
+        "episodes": len(trajectories),
+        "statuses": dict(Counter(trajectory.status.value for trajectory in trajectories)),
+        "turns": sum(len(trajectory.turns) for trajectory in trajectories),
+        "tokens": sum(len(turn.token_ids) for trajectory in trajectories for turn in trajectory.turns),
+        "env_seconds": round(sum(trajectory.env_seconds for trajectory in trajectories), 2),
+        "engine_seconds": round(sum(trajectory.engine_seconds for trajectory in trajectories), 2),
+    }

@@ -1,0 +1,279 @@
+"""Episodes: many at once, each on its own way, over a pool of environment workers.
+
+Who plays is a `Player`: a policy behind an engine, an expert who replays a solution, or chance. An episode waits for
+its player and its environment only, never for another episode.
+"""
+
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tqdm import tqdm
+
+import envs
+from envs import ExpertStep
+from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool, Session
+from pipeline import react
+from pipeline.config import PlayConfig
+from pipeline.engines import Engine, Sampling
+from pipeline.records import EpisodeStatus, JsonlAppender, Message, Trajectory, Turn
+from pipeline.rendering import Renderer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Episode:
+    """What is to be played."""
+
+    task: str
+    """Content id."""
+    split: str
+    policy: str
+    """Name of who plays, for the record."""
+    seed: int
+    sample: int = 0
+    """Number of the attempt at this task."""
+
+    def draw(self, *what: object) -> int:
+        """A seed for one random choice of this episode: the same whenever and beside whatever it is played."""
+        text = f"{self.seed} {self.task} {self.sample} {what}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """One reply of a player."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Player(Protocol):
+    """Plays one episode."""
+
+    @property
+    def note(self) -> str | None:
+        """What the record should say of the episode, if anything."""
+
+    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+        """Hear what the episode begins with."""
+
+    async def reply(self) -> Reply | EpisodeStatus:
+        """The next reply, or why there is none."""
+
+    def observe(self, message: Message) -> None:
+        """Hear what the environment answered."""
+
+
+class PolicyPlayer:
+    """A policy behind an engine. Its token ids only ever grow, so the engine's prefix cache serves every turn."""
+
+    note = None
+
+    def __init__(self, engine: Engine, renderer: Renderer, play: PlayConfig, temperature: float, top_p: float) -> None:
+        self._engine, self._renderer, self._play = engine, renderer, play
+        self._temperature, self._top_p = temperature, top_p
+
+    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+        """See `Player`."""
+        self._episode = episode
+        self._messages = list(prompt)
+        self._ids = self._renderer.prompt_ids(prompt)
+        self._turn = 0
+        self._name = f"{episode.split}/{episode.task}/{episode.sample}"
+
+    async def reply(self) -> Reply | EpisodeStatus:
+        """See `Player`. The context is full when a reply of full length would not fit."""
+        if len(self._ids) + self._play.max_tokens > self._engine.max_length:
+            return EpisodeStatus.CONTEXT_FULL
+        sampling = Sampling(
+            max_tokens=self._play.max_tokens,
+            temperature=self._temperature,
+            top_p=self._top_p,
+            seed=self._episode.draw("reply", self._turn),
+        )
+        completion = await self._engine.generate(self._ids, sampling, self._name)
+        text = self._renderer.reply_text(completion.token_ids)
+        self._turn += 1
+        self._ids = [*self._ids, *completion.token_ids]
+        self._messages.append(react.assistant(text))
+        return Reply(text=text, token_ids=completion.token_ids)
+
+    def observe(self, message: Message) -> None:
+        """See `Player`."""
+        self._messages.append(message)
+        self._ids = [*self._ids, *self._renderer.observation_ids(self._messages, self._ids)]
+
+
+class ExpertPlayer:
+    """Replays the environment's own solution of a task, and notes where it is told something else than before."""
+
+    def __init__(self, *, thoughts: bool = True) -> None:
+        self._thoughts = thoughts
+        self.note: str | None = None
+
+    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+        """See `Player`. Asking for a solution takes the environment out of the episode, so it is begun again."""
+        self._solution: list[ExpertStep] = await env.call("expert", episode.task)
+        await env.reset(episode.task)
+        self._played = 0
+
+    async def reply(self) -> Reply | EpisodeStatus:
+        """See `Player`. A solution that is used up before the task is over has failed."""
+        if self._played == len(self._solution):
+            self.note = "the solution ended before the task did"
+            return EpisodeStatus.MAX_STEPS
+        step = self._solution[self._played]
+        return Reply(text=react.reply(step.thought if self._thoughts else "", step.action))
+
+    def observe(self, message: Message) -> None:
+        """See `Player`."""
+        if self.note is None and message != react.observation(self._solution[self._played].observation):
+            self.note = f"replay differs after turn {self._played}"
+        self._played += 1
+
+
+class RandomPlayer:
+    """Draws uniformly from the actions that the environment would understand."""
+
+    note = None
+
+    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+        """See `Player`."""
+        self._env = env
+        self._random = random.Random(episode.draw("random"))
+
+    async def reply(self) -> Reply | EpisodeStatus:
+        """See `Player`."""
+        return Reply(text=react.reply("", self._random.choice(await self._env.call("valid_actions"))))
+
+    def observe(self, message: Message) -> None:
+        """See `Player`."""
+
+
+async def play_episode(
+    env_class: type[envs.TextEnv], env: Session, player: Player, episode: Episode, play: PlayConfig, *, example: bool
+) -> Trajectory:
+    """Play one episode to its end.
+
+    Raises:
+        EnvironmentFailure: the environment broke or gave no answer.
+    """
+    task, info = await env.reset(episode.task)
+    messages = react.prompt(env_class, task, example=example)
+    prompt_length = len(messages)
+    await player.begin(episode, env, messages)
+    turns: list[Turn] = []
+    status = None
+    engine_seconds, malformed = 0.0, 0
+    while status is None:
+        asked = time.perf_counter()
+        reply = await player.reply()
+        engine_seconds += time.perf_counter() - asked
+        if isinstance(reply, EpisodeStatus):
+            status = reply
+            continue
+        action = react.action_of(reply.text)
+        malformed = malformed + 1 if action == envs.MALFORMED else 0
+        answer, _, terminated, truncated, info = await env.step(action)
+        if turns:
+            messages.append(react.observation(turns[-1].observation))
+        messages.append(react.assistant(reply.text))
+        turns.append(
+            Turn(
+                text=reply.text,
+                action=action,
+                observation=answer,
+                reward=info["reward"],
+                valid=info["valid"],
+                token_ids=reply.token_ids,
+            )
+        )
+        player.observe(react.observation(answer))
+        if terminated:
+            status = EpisodeStatus.COMPLETED
+        elif truncated:
+            status = EpisodeStatus.MAX_STEPS
+        elif play.max_malformed is not None and malformed >= play.max_malformed:
+            status = EpisodeStatus.PARSE_ERROR
+    return Trajectory(
+        id=episode.task,
+        env=env_class.name,
+        split=episode.split,
+        policy=episode.policy,
+        seed=episode.seed,
+        sample=episode.sample,
+        messages=messages,
+        prompt_length=prompt_length,
+        turns=turns,
+        reward=info["reward"],
+        success=info["success"],
+        status=status,
+        env_seconds=round(env.seconds, 4),
+        engine_seconds=round(engine_seconds, 4),
+        note=player.note,
+    )
+
+
+async def play_episodes(
+    pool: EnvPool,
+    env_class: type[envs.TextEnv],
+    episodes: Sequence[Episode],
+    make_player: Callable[[Episode], Player],
+    play: PlayConfig,
+    appender: JsonlAppender,
+    *,
+    example: bool,
+    label: str,
+) -> None:
+    """Play many episodes and append each to the file as it ends.
+
+    An episode whose environment breaks is played once more from its start, on another worker; if that breaks too, or if
+    an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not lost.
+    """
+    bar = tqdm(total=len(episodes), desc=label, unit="episode", disable=None)
+
+    async def attempt(episode: Episode) -> Trajectory:
+        async with pool.session() as env:
+            return await play_episode(env_class, env, make_player(episode), episode, play, example=example)
+
+    async def play_one(episode: Episode) -> None:
+        try:
+            trajectory = await attempt(episode)
+        except EnvironmentFailure:
+            try:
+                trajectory = await attempt(episode)
+            except EnvironmentFailure as failure:
+                trajectory = _failed(env_class, episode, failure)
+        except LookupError as failure:
+            trajectory = _failed(env_class, episode, failure)
+        appender.append(trajectory)
+        bar.update()
+
+    async with asyncio.TaskGroup() as group:
+        for episode in episodes:
+            group.create_task(play_one(episode))
+    bar.close()
+
+
+def _failed(env_class: type[envs.TextEnv], episode: Episode, failure: Exception) -> Trajectory:
+    """The record of an episode that could not be played."""
+    status = EpisodeStatus.TIMEOUT if isinstance(failure, EnvironmentTimeout) else EpisodeStatus.ENV_ERROR
+    return Trajectory(
+        id=episode.task,
+        env=env_class.name,
+        split=episode.split,
+        policy=episode.policy,
+        seed=episode.seed,
+        sample=episode.sample,
+        messages=[],
+        prompt_length=0,
+        turns=[],
+        reward=0.0,
+        success=False,
+        status=status,
+        note=str(failure),
+    )

@@ -1,0 +1,42 @@
+"""Stage `sft`: supervised fine-tuning on the experts' turns; makes policy 0.
+
+Without `model.path` the policy is new: its tokenizer is trained on the experts' text, its weights drawn by the seed.
+"""
+
+from typing import Any
+
+from pipeline import jobs, runs
+from pipeline.config import Config
+from pipeline.records import Trajectory, read_jsonl
+
+
+def main(config: Config) -> None:
+    """Train and save policy 0 of each environment and seed."""
+    for env in config.env.names:
+        for seed in config.seed:
+            folder = runs.seed_folder(config, env, seed)
+            settings = runs.settings_of(config.model, config.sft, seed=seed)
+            inputs = {"experts": folder / "experts"}
+            with runs.stage(folder / "sft", settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS) as stage:
+                if not stage.done:
+                    experts, _ = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
+                    stage.facts.update(_train(config, experts, stage, seed))
+
+
+def _train(config: Config, experts: list[Trajectory], stage: runs.Stage, seed: int) -> dict[str, Any]:
+    from pipeline import models, training
+    from pipeline.examples import sft_examples
+    from pipeline.rendering import Renderer
+
+    if config.model.path is None:
+        texts = [message["content"] for expert in experts for message in expert.messages]
+        model, tokenizer = models.new_policy(config.model, texts, seed)
+    else:
+        model, tokenizer = models.load_policy(config.model.path, config.model, seed)
+    renderer = Renderer(tokenizer)
+    examples, counts = sft_examples(renderer, experts, config.model.max_length)
+    facts = training.run_sft(model, examples, config.sft, stage.folder, seed)
+    models.save_policy(model, tokenizer, stage.folder / "policy")
+    training.drop_checkpoints(stage.folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return counts | facts | {"template_hash": renderer.template_hash, "parameters": parameters}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The whole way of the data: bash run_all.sh [RECIPE] [key=value ...], RECIPE defaults to `tiny`.
+#
+#   bash run_all.sh                          a small policy trained from nothing, on a laptop
+#   bash run_all.sh tiny seed=0,1,2          three seeds
+#   bash run_all.sh tiny method=dmpo,trajectory run=compare
+#
+# What is done already is not done again; a run that was stopped goes on where it was. `python -m pipeline STAGE RECIPE
+# [key=value ...]` runs one stage, `--help` explains every key.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+recipe=tiny
+if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+  recipe=$1
+  shift
+fi
+
+started=$SECONDS
+source environment.sh
+if [ $((SECONDS - started)) -ge 5 ]; then echo "Set-up: $((SECONDS - started)) s" >&2; fi
+
+for stage in experts sft rollout pairs reference train evaluate report; do
+  launch=python
+  case $stage in sft | reference | train) launch=${DMPO_LAUNCH:-python} ;; esac # e.g. accelerate launch --num_processes 8
+  $launch -m pipeline "$stage" "$recipe" "$@"
+done

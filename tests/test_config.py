@@ -1,0 +1,99 @@
+import pytest
+import yaml
+
+from pipeline.config import RECIPES, Config, describe, load
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_recipe_parses(path):
+    assert load(str(path)).run == path.stem
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(recipe):
+    loaded = load(recipe("sft: {epochs: 2, learning_rate: 1e-3}\n"), ["sft.epochs=4", "run=x", "seed=1,2"])
+    assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.sft.batch_size) == (4, 1e-3, 64)
+    assert (loaded.run, loaded.seed) == ("x", [1, 2])
+
+
+def test_env_is_both_a_list_and_a_section(recipe):
+    path = recipe("env: {names: [sciworld], example: false, sciworld: {tasks: [boil, melt]}}\n")
+    loaded = load(path, ["env=sciworld", "env.sciworld.eval_variations=3"])
+    assert loaded.env.names == ["sciworld"]
+    assert loaded.env.example is False
+    assert loaded.env.sciworld.tasks == ["boil", "melt"]
+    assert loaded.env.sciworld.eval_variations == 3
+    assert load(recipe("env: sciworld\n")).env.names == ["sciworld"]
+
+
+def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
+    loaded = load("tiny", ["seed=3"])
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(loaded.model_dump(mode="json")))
+    assert load(str(path)) == loaded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["sft.epoch=1"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
+        (["env=mars"], "env.names.0: Input should be 'sciworld'"),
+        (["method=ppo"], "method.0: Input should be 'dmpo'"),
+        (["train.gamma=2"], "train.gamma: Input should be less than or equal to 1 (given: 2)"),
+        (["sft.batch_size=many"], "sft.batch_size: Input should be a valid integer"),
+        (["sft.batch_size=10", "sft.micro_batch_size=4"], "batch_size 10 is no multiple of micro_batch_size 4"),
+        (["env.sciworld.tasks=[boyl]"], "boyl"),
+        (["evaluate.splits=test"], "evaluate.splits.0: Input should be 'seen' or 'unseen'"),
+        (["nonsense"], "'nonsense' is no override; write key=value"),
+        (["seed.x.y=1"], "seed"),
+        (["sft.epochs=[1"], "the value is no YAML"),
+        (["run=../elsewhere"], "run: String should match pattern"),
+    ],
+)
+def test_bad_keys_and_values_are_one_sentence(overrides, complaint):
+    with pytest.raises(ValueError) as error:
+        load("tiny", overrides)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"No recipe 'huge': .*tiny"):
+        load("huge")
+
+
+def test_a_recipe_that_is_no_yaml_is_named(recipe):
+    path = recipe("a: [1\n")
+    with pytest.raises(ValueError, match="not YAML") as error:
+        load(path)
+    assert path in str(error.value)
+
+
+def test_every_key_is_described():
+    rows = {name: (default, meaning) for name, default, meaning in describe(Config)}
+    assert not [name for name, (_, meaning) in rows.items() if not meaning]
+    assert rows["train.gamma"][0] == "0.7"
+    assert rows["seed"][0] == "[0]"
+    assert "sft.learning_rate" in rows
+    assert "AdamW" in rows["sft.learning_rate"][1]
+
+
+def test_config_loads_nothing_heavy():
+    """A second run_all.sh must be fast: reading a recipe imports neither torch nor transformers."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, pipeline.config, pipeline.runs; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

@@ -1,0 +1,103 @@
+import json
+
+import pytest
+
+from envs.sciworld import ScienceWorld
+from pipeline.config import Config
+from pipeline.experts import read_official, solve
+from tests.toy_env import Settings, ToyEnv
+
+
+def conversation(*values, **fields):
+    speakers = ["human", "gpt"] * len(values)
+    lines = [{"from": speaker, "value": value} for speaker, value in zip(speakers, values, strict=False)]
+    return {"id": "2", "conversations": lines} | fields
+
+
+GOOD = conversation("rules", "OK", "Count to 3.", "Thought: a\nAction: up", "Observation: 1", "Action: up")
+
+
+def write(path, items, *, lines=False):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items) if lines else json.dumps(items))
+    return path
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_official_conversations_become_trajectories(tmp_path, lines):
+    name = "data.jsonl" if lines else "data.json"
+    (one,) = read_official(ToyEnv, write(tmp_path / name, [GOOD], lines=lines))
+    assert one.id == "toy:train:2"
+    assert [message["content"] for message in one.prompt] == [ToyEnv.instruction, "OK", "Count to 3."]
+    assert [message["content"] for message in one.completion] == [
+        "Thought: a\nAction: up", "Observation: 1", "Action: up",
+    ]  # fmt: skip
+    assert [(turn.action, turn.observation) for turn in one.turns] == [("up", "1"), ("up", "")]
+    assert (one.reward, one.success) == (1.0, True)
+
+
+def test_a_published_reward_is_kept(tmp_path):
+    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD | {"reward": 0.75}]))
+    assert (one.reward, one.success) == (0.75, False)
+
+
+def test_a_last_observation_is_left_out_of_the_messages(tmp_path):
+    item = conversation("rules", "OK", "Count to 1.", "Action: up", "Observation: 1")
+    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [item]))
+    assert one.messages[-1]["role"] == "assistant"
+    assert one.turns[-1].observation == "1"
+
+
+@pytest.mark.parametrize(
+    ("item", "complaint"),
+    [
+        ({"id": 1}, r"item 2: .*\(field conversations\): Field required"),
+        (GOOD | {"conversations": [{"from": "robot", "value": "x"}]}, r"item 2: .*\(field conversations.0.from\)"),
+        (GOOD | {"reward": 7}, r"item 2: .*\(field reward\)"),
+        (conversation("rules", "OK", "Count."), "item 2: the speakers must be human and gpt in turn"),
+        (conversation("rules", "OK", "Count.", "I go up."), "item 2: a reply without an `Action:` line"),
+        (
+            conversation("rules", "OK", "Count.", "Action: levitate 3"),
+            r"item 2: toy knows no action .levitate 3. \(verb 'levitate'\)",
+        ),
+    ],
+)
+def test_bad_official_data_are_refused_with_their_place(tmp_path, item, complaint):
+    path = write(tmp_path / "data.json", [GOOD, item])
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_official(ToyEnv, path)
+    assert str(path) in str(error.value)
+
+
+def test_a_source_that_is_not_there_or_no_json_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"experts.source: .*nothere.json is no file"):
+        read_official(ToyEnv, tmp_path / "nothere.json")
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(ValueError, match="not a ShareGPT conversation"):
+        read_official(ToyEnv, tmp_path / "broken.json")
+
+
+def test_etos_numbers_of_scienceworld_tasks_become_content_ids():
+    assert ScienceWorld.official_id({"id": "0_3"}) == "sciworld:boil:3"
+    assert ScienceWorld.official_id({"id": "6_120"}) == "sciworld:use-thermometer:120"
+    assert ScienceWorld.official_id({"id": "24_1"}) == "sciworld:identify-life-stages-2:1"
+    for strange in ("5_0", "25_1", "boil_3", None, 7):
+        with pytest.raises(ValueError, match="no ScienceWorld task"):
+            ScienceWorld.official_id({"id": strange})
+    assert ScienceWorld.official_task("Task Description:\nYour task is to boil water.") == "Your task is to boil water."
+
+
+async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):
+    config = Config()
+    config.workers.processes = 1
+    monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
+    kept, facts = await solve(config, ToyEnv, 0, tmp_path / "replays.jsonl")
+    assert [one.id for one in kept] == [f"toy:train:{number}" for number in range(5)]
+    assert facts["dropped_ids"] == ["toy:train:5"]
+    assert facts["dropped"] == {"reward below 1 (max_steps)": 1}
+    assert facts["replays_that_differ"] == []
+
+
+def _pool():
+    from envs.pool import EnvPool
+
+    return EnvPool(ToyEnv, Settings(variations=6), workers=1, slots=2)

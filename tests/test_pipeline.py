@@ -1,0 +1,198 @@
+"""The whole way of the data on the real simulator with real vLLM, and what happens when it is killed on the way."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.__main__ import STAGES
+from pipeline.records import Pair, Trajectory, read_jsonl
+
+pytestmark = [pytest.mark.java, pytest.mark.vllm, pytest.mark.slow]
+
+SMOKE = Path(__file__).parent / "smoke.yaml"
+
+
+def start(folder, stage, *overrides):
+    """Start one stage in a work folder of its own."""
+    command = [sys.executable, "-m", "pipeline", stage, str(SMOKE), *overrides]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, stage, *overrides):
+    process = start(folder, stage, *overrides)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def rewards(folder, run="smoke"):
+    """The reward table without nothing: every number of rewards.csv as it is written."""
+    with (folder / "runs" / run / "rewards.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A work folder in which every stage has run once."""
+    folder = tmp_path_factory.mktemp("whole")
+    printed = {stage: run(folder, stage) for stage in STAGES}
+    return folder, printed
+
+
+def seed_folder(folder, run="smoke"):
+    return folder / "runs" / run / "sciworld" / "seed0"
+
+
+def test_the_run_ends_in_a_table_a_csv_and_a_page(finished):
+    folder, printed = finished
+    table = rewards(folder)
+    columns = [
+        "env",
+        "method",
+        "split",
+        "seed",
+        "n",
+        "reward",
+        "reward_se",
+        "success",
+        "success_se",
+        "steps",
+        "invalid_rate",
+    ]
+    assert list(table[0]) == columns
+    assert {(row["method"], row["split"]) for row in table} == {
+        (method, split) for method in ("random", "expert", "sft", "dmpo") for split in ("seen", "unseen")
+    }
+    assert all(row["n"] == "6" for row in table)
+    assert all(float(row["reward"]) == 1.0 for row in table if row["method"] == "expert")
+    assert "dmpo" in printed["report"]
+    assert (folder / "runs" / "smoke" / "report.html").stat().st_size > 10_000
+
+
+def test_what_the_policy_said_is_what_the_engine_returned(finished):
+    from transformers import AutoTokenizer
+
+    from pipeline.rendering import Renderer
+
+    folder = seed_folder(finished[0])
+    renderer = Renderer(AutoTokenizer.from_pretrained(folder / "sft" / "policy"))
+    trajectories, _ = read_jsonl(folder / "rollout" / "episodes.jsonl", Trajectory)
+    assert trajectories
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            assert renderer.reply_text(turn.token_ids) == turn.text
+        assert [one["content"] for one in trajectory.completion[::2]] == [turn.text for turn in trajectory.turns]
+
+
+def test_pairs_set_the_expert_against_the_policy_and_load_into_the_reference(finished):
+    folder = seed_folder(finished[0])
+    pairs, _ = read_jsonl(folder / "pairs" / "pairs.jsonl", Pair)
+    assert pairs
+    assert all(pair.chosen_reward > pair.rejected_reward for pair in pairs)
+    lines = [json.loads(line) for line in (folder / "reference" / "turn_logprobs.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [pair.id for pair in pairs]
+    for line, pair in zip(lines, pairs, strict=True):
+        assert len(line["chosen"]) <= pair.chosen_turns
+        assert all(value < 0 for value in line["chosen"] + line["rejected"])
+
+
+def test_manifests_say_with_what_the_work_was_done(finished):
+    folder = seed_folder(finished[0])
+    manifest = json.loads((folder / "rollout" / "manifest.json").read_text())
+    assert manifest["packages"]["torch"].startswith("2.13")
+    assert manifest["settings"]["seed"] == 0
+    assert manifest["facts"]["episodes"] == 32
+    assert manifest["inputs"]["sft"].keys() >= {"policy/model.safetensors", "policy/chat_template.jinja"}
+
+
+def test_a_second_run_does_nothing(finished):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+    for stage in STAGES:
+        run(folder, stage)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")} == before
+
+
+def test_a_sweep_over_beta_needs_no_new_reference_pass(finished, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(finished[0], folder)
+    reference = seed_folder(folder) / "reference" / "manifest.json"
+    before = reference.stat().st_mtime_ns
+    for stage in ("sft", "rollout", "pairs", "reference", "train"):
+        run(folder, stage, "train.beta=0.5", "train.epochs=1")
+    assert reference.stat().st_mtime_ns == before
+    manifest = json.loads((seed_folder(folder) / "train" / "dmpo" / "manifest.json").read_text())
+    assert manifest["settings"]["PreferenceConfig"]["beta"] == 0.5
+
+
+def progress(folder, stage):
+    """How far a stage has come, by what it writes for its restart."""
+    base = seed_folder(folder)
+    lines = {
+        "experts": ["experts/replays.jsonl"],
+        "rollout": ["rollout/episodes.jsonl"],
+        "evaluate": ["evaluate/random/seen/episodes.jsonl"],
+    }
+    if stage in lines:
+        return sum((base / name).read_bytes().count(b"\n") for name in lines[stage] if (base / name).exists())
+    part = {"sft": "sft", "train": "train/dmpo"}.get(stage)
+    if part:
+        return len(list((base / part / "checkpoints").glob("checkpoint-*/trainer_state.json")))
+    return len(list((base / stage).glob("*"))) if (base / stage).exists() else 0
+
+
+def kill_in_the_middle(folder, stage):
+    """Start a stage, kill -9 it once it has something to lose; returns whether it was still at work."""
+    process = start(folder, stage)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and progress(folder, stage) < 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_table(finished, tmp_path):
+    for stage in STAGES:
+        assert kill_in_the_middle(tmp_path, stage), f"{stage} was too fast to be killed"
+        run(tmp_path, stage)
+    assert rewards(tmp_path) == rewards(finished[0])
+    resumed = json.loads((seed_folder(tmp_path) / "sft" / "manifest.json").read_text())["facts"]["resumed_at_step"]
+    assert resumed > 0
+    replayed = json.loads((seed_folder(tmp_path) / "rollout" / "manifest.json").read_text())["facts"]["already_played"]
+    assert replayed > 0
+
+
+def test_nothing_of_a_killed_run_stays_alive(tmp_path):
+    shutil.copytree(SMOKE.parent, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    marker = str(tmp_path)
+    process = start(tmp_path, "experts")
+    deadline = time.monotonic() + 60
+    while progress(tmp_path, "experts") < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while _working_in(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _working_in(marker) == []
+
+
+def _working_in(folder):
+    """Command names of the processes whose work folder lies in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "cwd").startswith(folder):
+                found.append((process / "comm").read_text().strip())
+        except OSError:
+            continue
+    return found

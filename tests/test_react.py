@@ -1,0 +1,38 @@
+import pytest
+
+from envs import MALFORMED
+from pipeline import react
+
+
+@pytest.mark.parametrize(
+    ("reply", "action"),
+    [
+        ("Thought: I need heat.\nAction: activate stove", "activate stove"),
+        ("Action: look around  ", "look around"),
+        ("  Action:wait", "wait"),
+        ("Thought: Action: is a word\nAction: open door\nAction: close door", "open door"),
+        ("Thought: I do nothing.", MALFORMED),
+        ("Action:", MALFORMED),
+        ("Action:\nlook around", MALFORMED),
+        ("I take Action: jump", MALFORMED),
+        ("", MALFORMED),
+    ],
+)
+def test_the_first_action_line_is_the_action(reply, action):
+    assert react.action_of(reply) == action
+
+
+def test_a_reply_reads_back():
+    text = react.reply("The stove heats it.", "activate stove")
+    assert (react.thought_of(text), react.action_of(text)) == ("The stove heats it.", "activate stove")
+    assert react.reply("", "wait") == "Action: wait"
+
+
+def test_zero_shot_drops_the_worked_example_alone():
+    class Env:
+        instruction = "rules"
+        example = (("task A", "Action: a"), ("Observation: x", "Action: b"))
+
+    with_example = react.prompt(Env, "task B", example=True)
+    assert [message["role"] for message in with_example] == ["user", "assistant"] * 3 + ["user"]
+    assert react.zero_shot(with_example) == react.prompt(Env, "task B", example=False)

@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import runs
+from pipeline.config import Config
+
+
+def make(folder, settings, inputs=None, text="x"):
+    """Run one stage that writes a file; returns whether it had anything to do."""
+    with runs.stage(folder, settings=settings, inputs=inputs) as stage:
+        if not stage.done:
+            (folder / "out.txt").write_text(text)
+            stage.facts["count"] = 1
+    return not stage.done
+
+
+def test_the_same_settings_and_inputs_are_done_once(tmp_path):
+    assert make(tmp_path / "a", {"k": 1})
+    assert not make(tmp_path / "a", {"k": 1})
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["facts"] == {"count": 1}
+    assert manifest["outputs"]["out.txt"]["bytes"] == 1
+    assert {"git_commit", "packages", "python", "seconds", "settings", "inputs"} <= manifest.keys()
+
+
+def test_another_setting_empties_the_folder_and_runs_again(tmp_path):
+    make(tmp_path / "a", {"k": 1})
+    (tmp_path / "a" / "leftover").write_text("old")
+    assert make(tmp_path / "a", {"k": 2})
+    assert not (tmp_path / "a" / "leftover").exists()
+
+
+def test_changed_inputs_run_the_stages_after_them_again(tmp_path):
+    make(tmp_path / "a", {"k": 1})
+    assert make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    make(tmp_path / "a", {"k": 2}, text="y")
+    assert make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+def test_the_same_content_made_again_changes_nothing_downstream(tmp_path):
+    make(tmp_path / "a", {"k": 1})
+    make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    make(tmp_path / "a", {"k": 2})
+    assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+def test_an_output_edited_by_hand_is_noticed(tmp_path):
+    make(tmp_path / "a", {"k": 1})
+    make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    (tmp_path / "a" / "out.txt").write_text("edited")
+    assert make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+def test_a_killed_stage_finds_its_files_again(tmp_path):
+    folder = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt), runs.stage(folder, settings={"k": 1}):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert not (folder / "manifest.json").exists()
+    with runs.stage(folder, settings={"k": 1}) as stage:
+        assert not stage.done
+        assert (folder / "half").read_text() == "half"
+
+
+def test_a_killed_stage_with_other_settings_starts_afresh(tmp_path):
+    folder = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt), runs.stage(folder, settings={"k": 1}):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    with runs.stage(folder, settings={"k": 2}):
+        assert not (folder / "half").exists()
+
+
+def test_a_missing_input_names_the_stage_that_makes_it(tmp_path):
+    with pytest.raises(ValueError, match=r"run the stage `sft` first"):
+        make(tmp_path / "b", {}, {"sft": tmp_path / "sft"})
+
+
+def test_a_vanished_output_is_named(tmp_path):
+    make(tmp_path / "a", {"k": 1})
+    (tmp_path / "a" / "out.txt").unlink()
+    with pytest.raises(ValueError, match=r"out.txt is gone; delete .*manifest.json and run the stage `a` again"):
+        make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+def test_the_second_process_in_a_run_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(run="twice")
+    other = "from pipeline import runs, config\nwith runs.locked(config.Config(run='twice')): pass"
+    with runs.locked(config):
+        refused = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "Another process works in runs/twice" in refused.stderr
+    assert subprocess.run([sys.executable, "-c", other], cwd=tmp_path).returncode == 0
