@@ -67,7 +67,7 @@ def measure(policy: Path, requests: int) -> tuple[float, list[Measurement]]:
         start_seconds = time.perf_counter() - started
         measurements = [best("vLLM alone, all at once", lambda run: ask_bare(bare, prompts(run, requests)))]
     with contextlib.closing(load_engine(settings, policy, MAX_LENGTH, [END])) as engine:
-        for at_once in (requests, 64, 16, 1):
+        for at_once in dict.fromkeys((requests, 64, 16, 1)):
             name = "ours, all at once" if at_once == requests else f"ours, {at_once} at once"
             count = max(16, min(requests, 8 * at_once))
             measurements.append(

@@ -36,7 +36,7 @@ from envs import Info, TextEnv, load
 STARTUP_SECONDS = 180.0
 """How long a worker may take to start, or an environment to be made: a JVM start, a first look at large files."""
 
-CLOSING_SECONDS = 5.0
+CLOSING_SECONDS = 3.0
 """How long a worker may take to close its environments."""
 
 _LENGTH = struct.Struct("!Q")
@@ -75,6 +75,7 @@ class EnvPool:
         path = env if isinstance(env, str) and ":" in env else _path(load(env) if isinstance(env, str) else env)
         self._greeting = (list(sys.path), path, settings.model_dump() if settings else {})
         self._timeout = timeout
+        self._closed = False
         self._free = asyncio.Semaphore(workers * slots)
         self._workers = [_Worker(self._greeting, slots) for _ in range(workers)]
 
@@ -86,6 +87,7 @@ class EnvPool:
 
     async def close(self) -> None:
         """End all workers; may be called twice."""
+        self._closed = True
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     @contextlib.asynccontextmanager
@@ -93,10 +95,12 @@ class EnvPool:
         """An environment of one's own for as long as the block runs; waits for a free slot, first come, first served.
 
         Raises:
-            EnvironmentFailure: no environment could be made.
+            EnvironmentFailure: no environment could be made, or the pool is closed.
             ValueError: the environment refused its settings, or misses something on this machine.
         """
         async with self._free:
+            if self._closed:
+                raise EnvironmentFailure("The pool is closed.")
             worker = self._pick()
             slot = worker.free.pop()
             try:

@@ -122,6 +122,7 @@ def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, mad
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a fresh process, which takes its engine and its workers with it when it ends."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's CPU build tells of its memory binding at every start
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_die_with_parent) as process:
         try:

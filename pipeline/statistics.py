@@ -10,13 +10,13 @@ Every episode counts with its recorded reward. One that the environment broke (`
 out, since that would reward a policy for breaking its environment; `summary` and `statuses` say how many there are.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from pipeline.records import EpisodeStatus, Trajectory
 
@@ -115,22 +115,8 @@ def interval(values_ST: Array) -> tuple[float, float, float]:  # noqa: N803
     if values_ST.shape[1] < 2 or variance < 1e-18:
         return mean, math.nan, math.nan
     freedom = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    half = student_quantile((1 + LEVEL) / 2, freedom) * math.sqrt(variance)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
     return mean, max(0.0, mean - half), min(1.0, mean + half)
-
-
-@functools.lru_cache(maxsize=4096)
-def student_quantile(probability: float, freedom: float) -> float:
-    """Quantile of Student's t for any real degrees of freedom >= 1, to five digits or more up to 10,000 of them.
-
-    With t = sqrt(v) tan(a) the density of the angle a is proportional to cos(a)^(v-1): smooth on a bounded range, so a
-    trapezoid sum gives the distribution function.
-    """
-    angles = np.linspace(0, np.pi / 2, 40_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(abs(2 * probability - 1), below / below[-1], angles)
-    return math.copysign(math.sqrt(freedom) * math.tan(float(angle)), probability - 0.5)
 
 
 def paired(

@@ -1,237 +1,37 @@
-"""Supervised and preference training: one Trainer, two objectives, both on per-turn log-probs.
+"""Supervised and preference training on transformers' Trainer: one Trainer, two objectives, on per-turn log-probs.
 
-How a run is laid out decides most of what can go wrong, so it is fixed before the first step: `order_examples` says
-which example stands at which place of which optimizer step, for all epochs. From that follow, without more machinery:
-
-- An optimizer step holds the same examples however it is split into micro-batches and processes, and its loss is the
-  mean over *its* items (tokens in SFT, pairs in preference training): each example carries 1 / (items of its step).
-- A step with too few examples (the end of an epoch) is filled up with places that weigh nothing, so that every process
-  does the same number of passes and nothing is dropped or seen twice.
-- Resuming skips the places already done; the order does not hang on any random state.
-- Micro-batches hold sequences of like length (little padding), while the optimizer's batches stay random ones.
-
-Shapes: P examples of a micro-batch, L tokens of its longest sequence, T turns of its longest trajectory. A *side* is
-one trajectory of each example: SFT has one, a preference pair has two, chosen and rejected, padded apart.
+The order of the examples is `pipeline.batches`', the losses are `pipeline.objectives`'; the Trainer brings the
+optimizer, the schedule, mixed precision, checkpoints and several processes.
 """
 
 import contextlib
 import json
 import math
-import random
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from pipeline.batches import Run, Side, check, collate, pad
 from pipeline.config import PreferenceConfig, SftConfig, TrainingConfig
 from pipeline.logprobs import turn_logprobs
-from pipeline.losses import discount, preference_loss
+from pipeline.losses import discount
 from pipeline.methods import Discount
 from pipeline.models import reference_mode
-from pipeline.records import JsonlAppender, read_jsonl, write_jsonl
+from pipeline.objectives import PreferenceObjective, SftObjective
+from pipeline.records import JsonlAppender, read_jsonl
 from pipeline.rendering import Rendered
+from pipeline.training_log import LOG, Window, callbacks, open_log, scalars
 
-LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
-TENSORBOARD = "tensorboard"
-_TURNS_IN_TENSORBOARD = 5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Side:
-    """One trajectory of an example."""
-
-    rendered: Rendered
-    reference: Sequence[float] = ()
-    """Log-prob of each turn under the reference policy."""
-    weights: Sequence[float] = ()
-    """Discount phi(t, T) of each turn."""
-
-
-class Placed(NamedTuple):
-    """An example at its place in the run."""
-
-    sides: tuple[Side, ...]
-    weight: float
-    """1 / (items of its optimizer step); 0 where the place is empty."""
-
-
-def collate(places: Sequence[Placed]) -> dict[str, Any]:
-    """Pad a micro-batch on the right, each side to its own longest sequence.
-
-    No attention mask: behind right padding a causal model's real tokens see no padded one, and without a mask attention
-    takes its fast path. Padding has id 0, turn -1, log-prob and weight 0.
-
-    Worked example, two pairs, sides A/B and C/D, of a step of four pairs:
-
-        A  ids 5 6 7 8  turn_index -1  0 -1  1  reference -1.5 -2.0  weights 1.0 0.5
-        B  ids 5 9 4    turn_index -1  0  0     reference -3.0       weights 1.0
-        C  ids 5 6      turn_index -1  0        reference -0.5       weights 1.0
-        D  ids 5 7 7 7  turn_index -1  0 -1  1  reference -4.0 -1.0  weights 1.0 0.5
-
-        weight [0.25, 0.25]
-        sides[0] (A, C)  input_ids   [[ 5, 6, 7, 8], [ 5, 6, 0, 0]]
-                         turn_index  [[-1, 0,-1, 1], [-1, 0,-1,-1]]
-                         reference   [[-1.5, -2.0], [-0.5, 0.0]]
-                         weights     [[ 1.0,  0.5], [ 1.0, 0.0]]
-        sides[1] (B, D)  input_ids   [[ 5, 9, 4, 0], [ 5, 7, 7, 7]]
-                         turn_index  [[-1, 0, 0,-1], [-1, 0,-1, 1]]
-                         reference   [[-3.0, 0.0], [-4.0, -1.0]]
-                         weights     [[ 1.0, 0.0], [ 1.0, 0.5]]
-
-    Returns:
-        `weight` [P] and `sides`, for each a dict of `input_ids` [P, L], `turn_index` [P, L], `reference` [P, T] and
-        `weights` [P, T]; the last two are [P, 0] where the objective needs none.
-    """
-    return {
-        "weight": torch.tensor([place.weight for place in places]),
-        "sides": [_pad(sides) for sides in zip(*(place.sides for place in places), strict=True)],
-    }
-
-
-def _pad(sides: Sequence[Side]) -> dict[str, Tensor]:
-    def padded(rows: Iterable[Sequence[float]], value: float, dtype: torch.dtype) -> Tensor:
-        return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": padded((side.rendered.ids for side in sides), 0, torch.long),
-        "turn_index": padded((side.rendered.turn_index for side in sides), -1, torch.long),
-        "reference": padded((side.reference for side in sides), 0.0, torch.float32),
-        "weights": padded((side.weights for side in sides), 0.0, torch.float32),
-    }
-
-
-def order_examples(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
-    """Which example stands at each place of a whole run.
-
-    An epoch is a random permutation cut into optimizer steps. Within a step the longest example comes first, so that a
-    micro-batch holds like lengths; which examples share a step is left to chance.
-
-    Args:
-        lengths: of the examples, in tokens.
-        batch_size: examples of one optimizer step.
-        epochs: may end within an epoch, after a whole number of steps.
-        seed: of the permutations.
-
-    Returns:
-        Indices into `lengths`, a multiple of `batch_size` of them; -1 fills up the last step of each epoch.
-    """
-    steps_per_epoch = math.ceil(len(lengths) / batch_size)
-    steps = math.ceil(epochs * steps_per_epoch)
-    order: list[int] = []
-    for epoch in range(math.ceil(epochs)):
-        shuffled = random.Random(f"{seed}/{epoch}").sample(range(len(lengths)), len(lengths))
-        for start in range(0, len(shuffled), batch_size):
-            step = sorted(shuffled[start : start + batch_size], key=lambda index: -lengths[index])
-            order += step + [-1] * (batch_size - len(step))
-    return order[: steps * batch_size]
-
-
-# ---- Objectives ----
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""By name: a sum and the number of what was summed, both scalars or both [T] (by turn)."""
-
-
-class SftObjective:
-    """Mean negative log-prob of the policy's tokens: the items of a step are its tokens."""
-
-    def items(self, example: tuple[Side, ...]) -> int:
-        """How many items of the step an example is."""
-        return example[0].rendered.trained_tokens
-
-    def __call__(self, logprobs: list[Tensor], batch: dict[str, Any]) -> tuple[Tensor, Metrics]:
-        """The micro-batch's share of the step's loss, from one side's [P, T], and what to log."""
-        loss = -(logprobs[0].sum(1) * batch["weight"]).sum()
-        present = _present_turns(batch, 0)
-        return loss, {"logprob_by_turn": _by_turn(logprobs[0], present)}
-
-
-@dataclass(frozen=True)
-class PreferenceObjective:
-    """Mean preference loss: the items of a step are its pairs. See `losses.preference_loss`.
-
-    Logged, means over the pairs since the last line:
-
-    - `chosen_logprob`, `rejected_logprob`: of a whole trajectory; with `_by_turn`, of each turn, over the pairs that
-      have one of that number;
-    - `chosen_reward`, `rejected_reward` (Phi of the paper), their difference `margin`, and `accuracy`, the share of
-      pairs with a positive one;
-    - `kl`: an estimate of KL(reference || policy) in nats a turn, from the rejected trajectories, which the reference
-      played: mean over turns of r - 1 - log r, r = policy / reference. Unbiased where the reference sampled them at
-      temperature 1, never negative, and of low variance near 0 (Schulman's k3, http://joschu.net/blog/kl-approx.html).
-    """
-
-    beta: float
-
-    def items(self, example: tuple[Side, ...]) -> int:
-        """How many items of the step an example is."""
-        return 1
-
-    def __call__(self, logprobs: list[Tensor], batch: dict[str, Any]) -> tuple[Tensor, Metrics]:
-        """The micro-batch's share of the step's loss, from [P, T] of chosen and rejected, and what to log."""
-        chosen, rejected = batch["sides"]
-        losses, logits, chosen_rewards, rejected_rewards = preference_loss(
-            logprobs[0],
-            logprobs[1],
-            chosen["reference"],
-            rejected["reference"],
-            chosen["weights"],
-            rejected["weights"],
-            self.beta,
-        )
-        loss = (losses * batch["weight"]).sum()
-        with torch.no_grad():
-            pairs = (batch["weight"] > 0).float()
-            sides = [_present_turns(batch, 0), _present_turns(batch, 1)]
-            ratio = (logprobs[1] - rejected["reference"]).where(sides[1] > 0, 0.0)
-            metrics = {
-                "chosen_logprob": _over(logprobs[0].sum(1), pairs),
-                "rejected_logprob": _over(logprobs[1].sum(1), pairs),
-                "chosen_reward": _over(chosen_rewards, pairs),
-                "rejected_reward": _over(rejected_rewards, pairs),
-                "margin": _over(logits, pairs),
-                "accuracy": _over((logits > 0).float(), pairs),
-                "kl": _over(ratio.expm1() - ratio, sides[1]),
-                "chosen_logprob_by_turn": _by_turn(logprobs[0], sides[0]),
-                "rejected_logprob_by_turn": _by_turn(logprobs[1], sides[1]),
-            }
-        return loss, metrics
-
-
-def _present_turns(batch: dict[str, Any], side: int) -> Tensor:
-    """[P, T], 1.0 where a trajectory of a real example has a turn of that number."""
-    turns = batch["sides"][side]["turn_index"].amax(1) + 1
-    width = int(turns.max())
-    turns = turns * (batch["weight"] > 0)
-    present: Tensor = torch.arange(width, device=turns.device) < turns[:, None]
-    return present.float()
-
-
-def _over(values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the values that are present."""
-    return (values.detach() * present).sum(), present.sum()
-
-
-def _by_turn(logprobs: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number over the examples, for each turn: [T] both."""
-    return (logprobs.detach() * present).sum(0), present.sum(0)
-
-
-# ---- Running ----
 
 
 def run_sft(model: Any, examples: Sequence[Rendered], config: SftConfig, folder: Path, seed: int) -> dict[str, Any]:
@@ -325,7 +125,7 @@ def reference_turn_logprobs(
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=uses_bf16(config))
     with torch.no_grad(), reference_mode(model), autocast:
         for batch in tqdm(batches, desc="reference", disable=not state.is_main_process, dynamic_ncols=True):
-            side = {key: value.to(state.device) for key, value in _pad([rows[row] for row in batch]).items()}
+            side = {key: value.to(state.device) for key, value in pad([rows[row] for row in batch]).items()}
             for row, logprobs in zip(batch, _side_logprobs(model, side).tolist(), strict=True):
                 found.append((row, logprobs[: rows[row].rendered.turns]))
     by_row = dict(gather_object(found) if state.num_processes > 1 else found)
@@ -358,10 +158,12 @@ def _weights(turns: Sequence[int], method: Discount, gamma: float, seed: int) ->
 def _side_logprobs(model: Any, side: dict[str, Tensor]) -> Tensor:
     """Per-turn log-probs [P, T] of one side of a micro-batch.
 
-    The mask is all ones although rows are padded: see `collate`.
+    The mask is all ones although rows are padded: see `collate`. Rows are padded further, to a multiple of 64: oneDNN
+    and CUDA's libraries prepare a kernel for every new shape, which takes a fifth of a short training on a CPU.
     """
-    ids = side["input_ids"]
-    return turn_logprobs(model, ids, torch.ones_like(ids), side["turn_index"])
+    room = -side["input_ids"].shape[1] % 64
+    ids = nn.functional.pad(side["input_ids"], (0, room))
+    return turn_logprobs(model, ids, torch.ones_like(ids), nn.functional.pad(side["turn_index"], (0, room), value=-1))
 
 
 def _train(
@@ -374,14 +176,20 @@ def _train(
     name: str,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one."""
-    _check(examples)
+    check(examples)
     arguments = training_arguments(config, folder, seed)
-    run = _Run(examples, objective, config, seed)
+    run = Run(
+        examples,
+        [objective.items(example) for example in examples],
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=seed,
+    )
     state = PartialState()
     with state.main_process_first():
         checkpoint, done = _last_checkpoint(folder / CHECKPOINTS)
-    with _open_log(folder, done) if state.is_main_process else contextlib.nullcontext() as log:
-        trainer = _TurnTrainer(model, arguments, run, objective, log, _callbacks(name, folder, done))
+    with open_log(folder, done) if state.is_main_process else contextlib.nullcontext() as log:
+        trainer = _TurnTrainer(model, arguments, run, objective, log, callbacks(name, folder, done))
         started = time.time()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.time() - started
@@ -452,81 +260,6 @@ def training_arguments(config: TrainingConfig, folder: Path, seed: int) -> Any:
     return arguments
 
 
-class _Run(Dataset[Placed]):
-    """All places of a run, in order, as the Trainer's dataset: its one epoch is the whole run."""
-
-    def __init__(
-        self,
-        examples: Sequence[tuple[Side, ...]],
-        objective: SftObjective | PreferenceObjective,
-        config: TrainingConfig,
-        seed: int,
-    ) -> None:
-        self.examples = examples
-        self.batch_size = config.batch_size
-        lengths = [sum(len(side.rendered.ids) for side in example) for example in examples]
-        self._order = order_examples(lengths, config.batch_size, config.epochs, seed)
-        self._items = [objective.items(example) for example in examples]
-        self._empty = (_EMPTY,) * len(examples[0])
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, place: int) -> Placed:
-        index = self._order[place]
-        if index < 0:
-            return Placed(self._empty, 0.0)
-        return Placed(self.examples[index], 1 / sum(self._items[other] for other in self._step(place)))
-
-    def _step(self, place: int) -> list[int]:
-        """The examples of a place's optimizer step."""
-        start = place - place % self.batch_size
-        return [index for index in self._order[start : start + self.batch_size] if index >= 0]
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return len(self._order) // self.batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every example once."""
-        return math.ceil(len(self.examples) / self.batch_size)
-
-    @property
-    def max_turns(self) -> int:
-        """Turns of the longest trajectory."""
-        return max(side.rendered.turns for example in self.examples for side in example)
-
-    def tokens(self, since: int = 0, trained: bool = False) -> int:
-        """Tokens seen from optimizer step `since` to the end, padding not counted; or the policy's among them."""
-        seen = (self.examples[index] for index in self._order[since * self.batch_size :] if index >= 0)
-        sides = (side.rendered for example in seen for side in example)
-        return sum(side.trained_tokens if trained else len(side.ids) for side in sides)
-
-
-_EMPTY = Side(rendered=Rendered(ids=[0, 0], turn_index=[-1, 0]), reference=(0.0,), weights=(1.0,))
-"""Stands at an empty place and weighs nothing. It has a turn, so that every weight of the model has a gradient."""
-
-
-def _check(examples: Sequence[tuple[Side, ...]]) -> None:
-    """Refuse what cannot be trained on."""
-    if not examples:
-        raise ValueError("There is nothing to train on: no example is left. The stages before say what was dropped.")
-    for number, example in enumerate(examples):
-        for name, side in zip(("chosen", "rejected") if len(example) == 2 else ("trajectory",), example, strict=True):
-            if not side.rendered.trained_tokens:
-                raise ValueError(
-                    f"Example {number}, {name}: none of its {len(side.rendered.ids)} tokens is the policy's, so "
-                    "there is nothing to learn from it. Leave it out."
-                )
-            if len(example) == 2 and len(side.reference) != side.rendered.turns:
-                raise ValueError(
-                    f"Pair {number}, {name}: {side.rendered.turns} turns and {len(side.reference)} reference "
-                    "log-probs. Run the stage `reference` again on these pairs."
-                )
-
-
 class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """transformers' Trainer with a loss on per-turn log-probs."""
 
@@ -536,18 +269,18 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         self,
         model: Any,
         arguments: Any,
-        run: _Run,
+        run: Run,
         objective: SftObjective | PreferenceObjective,
         log: JsonlAppender | None,
-        callbacks: list[Any],
+        extra_callbacks: list[Any],
     ) -> None:
         super().__init__(model=model, args=arguments, data_collator=collate, train_dataset=run)
         self.remove_callback(ProgressCallback)  # prints every line of the log into the bar; `_Bar` does not
-        for callback in callbacks:
+        for callback in extra_callbacks:
             self.add_callback(callback)
         self._objective = objective
         self._steps_per_epoch = run.steps_per_epoch
-        self._window = _Window(run.max_turns)
+        self._window = Window(run.max_turns)
         self._log = log
 
     def compute_loss(
@@ -578,12 +311,12 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
             )
         self.state.epoch = step / self._steps_per_epoch  # the Trainer's epoch is our whole run
         means = self._window.drain(self.accelerator)
-        super().log({**logs, **_scalars(means)}, start_time)
+        super().log({**logs, **scalars(means)}, start_time)
         if self._log is not None:
             self._log.append({"step": step, "epoch": self.state.epoch, **logs, **means})
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nothing: the Trainer's estimate does not know our batches; `_Run.tokens` counts."""
+        """Nothing: the Trainer's estimate does not know our batches; `Run.tokens` counts."""
         return 0
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -603,90 +336,6 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
-
-
-class _Window:
-    """Sums of metrics since the last line of the log; they stay on the device until then."""
-
-    def __init__(self, max_turns: int) -> None:
-        self._max_turns = max_turns
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, metrics: Metrics) -> None:
-        """Add a micro-batch's."""
-        for name, (total, count) in metrics.items():
-            both = torch.stack([total, count])
-            if both.dim() == 2:
-                both = nn.functional.pad(both, (0, self._max_turns - both.shape[1]))
-            self._sums[name] = self._sums[name] + both if name in self._sums else both
-
-    def drain(self, accelerator: Any) -> dict[str, float | list[float | None] | None]:
-        """The means over all processes, None where there was nothing, and an empty window."""
-        sums, self._sums = self._sums, {}
-        packed = accelerator.reduce(torch.cat([both.reshape(-1) for both in sums.values()]), "sum").tolist()
-        means: dict[str, float | list[float | None] | None] = {}
-        for name, both in sums.items():
-            numbers, packed = packed[: both.numel()], packed[both.numel() :]
-            half = len(numbers) // 2
-            each = [
-                total / count if count else None for total, count in zip(numbers[:half], numbers[half:], strict=True)
-            ]
-            means[name] = each if both.dim() == 2 else each[0]
-        return means
-
-
-def _scalars(means: dict[str, float | list[float | None] | None]) -> dict[str, float]:
-    """What TensorBoard can show: numbers, and the first turns of what is by turn."""
-    flat: dict[str, float] = {}
-    for name, mean in means.items():
-        if isinstance(mean, list):
-            first = enumerate(mean[:_TURNS_IN_TENSORBOARD])
-            flat |= {f"{name}/{turn}": value for turn, value in first if value is not None}
-        elif mean is not None:
-            flat[name] = mean
-    return flat
-
-
-class _LogLastStep(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """A line of the log for the last step, whatever its number."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == state.max_steps:
-            control.should_log = True
-
-
-class _Bar(ProgressCallback):  # type: ignore[misc]  # transformers is untyped here
-    """A progress bar with the loss beside it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self._name)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", refresh=False)
-
-
-def _callbacks(name: str, folder: Path, done: int) -> list[Any]:
-    """The progress bar and, on the main process, TensorBoard, without what it holds of steps after `done`."""
-    callbacks = [_LogLastStep(), _Bar(name)]
-    if PartialState().is_main_process:
-        writer = SummaryWriter(folder / TENSORBOARD, purge_step=done + 1 if done else None)
-        callbacks.append(TensorBoardCallback(writer))
-    return callbacks
-
-
-def _open_log(folder: Path, done: int) -> JsonlAppender:
-    """The log, cut back to step `done`."""
-    path = folder / LOG
-    if path.exists():
-        write_jsonl(path, [line for line in read_jsonl(path, dict[str, Any])[0] if line["step"] <= done])
-    return JsonlAppender(path)
 
 
 def _last_checkpoint(folder: Path) -> tuple[str | None, int]:

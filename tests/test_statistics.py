@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.records import EpisodeStatus, Trajectory, Turn
-from pipeline.statistics import COLUMNS, by_kind, interval, paired, rewards_table, statuses, student_quantile, summary
+from pipeline.statistics import COLUMNS, by_kind, interval, paired, rewards_table, statuses, summary
 
 
 def episode(
@@ -81,16 +81,6 @@ def test_a_lost_reward_is_refused_and_not_skipped():
 
 
 # Quantiles from mpmath's incomplete beta function; those of whole numbers stand in every table.
-@pytest.mark.parametrize(
-    ("freedom", "quantile"),
-    [(1, 12.7062047), (1.5, 6.0166631), (2, 4.3026527), (2.5, 3.5746549), (4, 2.7764451), (30, 2.0422725),
-     (1000, 1.9623391)],
-)  # fmt: skip
-def test_student_quantiles(freedom: float, quantile: float):
-    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-5)
-    assert student_quantile(0.025, freedom) == pytest.approx(-quantile, rel=1e-5)
-
-
 def test_interval_of_one_seed_is_students():
     mean, low, high = interval(np.array([[0.4, 0.5, 0.6, 0.5, 0.5]]))
     half = 2.7764451 * math.sqrt(0.005 / 5)  # t(4), s^2 = 0.02 / 4

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import training
+from pipeline.batches import Placed, Side, collate, order_examples
 from pipeline.config import ModelConfig, PreferenceConfig, SftConfig
 from pipeline.losses import discount, preference_loss
 from pipeline.methods import Discount
 from pipeline.models import add_lora, reference_mode
 from pipeline.rendering import Rendered
-from pipeline.training import Placed, Side, collate, order_examples
 from tests.training_worker import (
     KINDS,
     PREFERENCE,

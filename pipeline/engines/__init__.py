@@ -58,9 +58,9 @@ class Engine(Protocol):
         Args:
             prompt_ids: the whole conversation so far.
             sampling: how to draw.
-            episode: a name. Only requests of one name share cached prefixes: how much of a prompt is computed afresh
-                moves the last bits of its log-probs, and with a name an episode has of its own that depends on the
-                episode's past alone, not on who else played when.
+            episode: a name. On a CPU only requests of one name share cached prefixes: how much of a prompt is computed
+                afresh moves the last bits of its log-probs, and with a name an episode has of its own that depends on
+                the episode's past alone, not on who else played when.
 
         Raises:
             ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves no room for one token.
@@ -81,7 +81,7 @@ class EngineSettings(BaseModel):
     name: Literal["vllm", "hf"] = "vllm"
     """`vllm`, or `hf` (plain transformers, one request at a time: slow, a reference)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the served weights. `auto`: float32 on a CPU, else the checkpoint's own."""
+    """Precision of the served weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
     concurrency: int = Field(default=64, ge=1)
     """Most requests that the engine works on at once; more wait."""
     kv_cache_gib: float | None = Field(default=None, gt=0)

@@ -134,6 +134,7 @@ class VllmEngine:
                 with self._lock:
                     self._stopped = f"The vLLM engine failed: {error!r}"
                     self._cause = error
+            del engine  # the last reference but vLLM's own, so that leaving the stack frees its memory
             self._fail(waiting)
 
     def _play(self, engine: Any, waiting: dict[str, _Request]) -> None:
@@ -162,10 +163,13 @@ class VllmEngine:
     def _add(self, engine: Any, key: str, request: _Request) -> bool:
         """Hand a request to vLLM; one that it refuses fails alone."""
         from vllm.inputs.engine import tokens_input
+        from vllm.platforms import current_platform
 
+        # On a GPU ids hang on the batch anyway; there all episodes share the cache of what their prompts share.
+        salt = request.episode if current_platform.is_cpu() else ""
         # Raw prompts are deprecated (vllm/v1/engine/input_processor.py, process_inputs); this is what vLLM's renderer
         # makes of them.
-        prompt = tokens_input(request.prompt_ids, cache_salt=request.episode or None)
+        prompt = tokens_input(request.prompt_ids, cache_salt=salt or None)
         budget = min(request.sampling.max_tokens, self.max_length - len(request.prompt_ids))
         try:
             engine.add_request(key, prompt, sampling_params(request.sampling, budget, self._ends))
@@ -234,22 +238,31 @@ def running_vllm(path: Path, max_length: int, settings: EngineSettings) -> Itera
     if not _running.acquire(blocking=False):
         raise RuntimeError("This process has a vLLM engine already; close it before starting another.")
     try:
-        with _started(path, max_length, settings) as engine:
-            yield engine
+        arguments, stance = _prepare(path, max_length, settings)
+        import torch
+        from vllm import EngineArgs, LLMEngine
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        with torch.compiler.set_stance(stance):
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            try:
+                yield engine
+            finally:
+                engine.engine_core.shutdown()
+                engine.renderer.shutdown()
+                del engine
+                cleanup_dist_env_and_memory()  # collects garbage too, which frees the weights and the cache
     finally:
         _running.release()
 
 
-@contextlib.contextmanager
-def _started(path: Path, max_length: int, settings: EngineSettings) -> Iterator[Any]:
+def _prepare(path: Path, max_length: int, settings: EngineSettings) -> tuple[dict[str, Any], str]:
+    """Set this process up; returns vLLM's arguments and torch.compile's stance."""
     _set_missing(QUIET)  # the logging level is read when vLLM is imported
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # and before that there are warnings already
     # vLLM's own use of a renamed torch name, at import and at start.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-    import torch
     from torch._C import set_num_threads  # torch.set_num_threads is a no-op once vLLM has run in this process
-    from vllm import EngineArgs, LLMEngine
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
@@ -257,17 +270,8 @@ def _started(path: Path, max_length: int, settings: EngineSettings) -> Iterator[
     if on_cpu:
         _set_missing(ON_CPU)
         set_num_threads(settings.threads)
-    # "Eager" leaves vLLM's sampler compiled, 3 to 15 s at the first token (vllm/v1/sample/ops/logprobs.py).
-    stance = "force_eager" if arguments["enforce_eager"] and on_cpu else "default"
-    with torch.compiler.set_stance(stance):
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        try:
-            yield engine
-        finally:
-            engine.engine_core.shutdown()
-            engine.renderer.shutdown()
-            del engine
-            cleanup_dist_env_and_memory()  # collects garbage too, which frees the weights and the cache
+    # vLLM's "eager" leaves its sampler compiled, 3 to 15 s at the first token (vllm/v1/sample/ops/logprobs.py).
+    return arguments, "force_eager" if on_cpu and arguments["enforce_eager"] else "default"
 
 
 def _engine_arguments(path: Path, max_length: int, settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
@@ -285,7 +289,8 @@ def _engine_arguments(path: Path, max_length: int, settings: EngineSettings, on_
     if not on_cpu:
         refuse_inert(settings, ["threads"], "on a GPU")
         return arguments | {
-            "dtype": settings.dtype,
+            # Policies are saved in float32, which vLLM's own "auto" would serve in float16.
+            "dtype": "bfloat16" if settings.dtype == "auto" else settings.dtype,
             "gpu_memory_utilization": settings.gpu_memory,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": bool(settings.eager),
