@@ -1,10 +1,10 @@
 # Sourced by run_all.sh and tests/run.sh: leaves `python` pointing at an environment in which the pipeline runs. An active
 # environment that has everything is used as it is; else .venv is made, once, from pyproject.toml.
 
-usable() { # every package the pipeline imports is there (looked for, not imported: importing vllm takes seconds)
-  "$1" - 2>/dev/null <<'PY'
+usable() { # every package the pipeline imports is there, and $NEEDS; looked for, not imported, which would take seconds
+  "$1" - ${NEEDS:-} 2>/dev/null <<'PY'
 import importlib.util as util, sys
-needed = ["torch", "vllm", "transformers", "peft", "accelerate", "gymnasium", "scienceworld", "pydantic", "pandas"]
+needed = ["torch", "vllm", "transformers", "peft", "accelerate", "scienceworld", "pydantic", "pandas", "scipy"]
 sys.exit(not all(util.find_spec(name) for name in needed + sys.argv[1:]))
 PY
 }

@@ -58,7 +58,10 @@ class Player(Protocol):
     def note(self) -> str | None:
         """What the record should say of the episode, if anything."""
 
-    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+    async def prepare(self, episode: Episode, env: Session) -> None:
+        """Hear what is to be played and in which environment, before that is reset."""
+
+    def begin(self, prompt: list[Message]) -> None:
         """Hear what the episode begins with."""
 
     async def reply(self) -> Reply | EpisodeStatus:
@@ -77,13 +80,16 @@ class PolicyPlayer:
         self._engine, self._renderer, self._play = engine, renderer, play
         self._temperature, self._top_p = temperature, top_p
 
-    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+    async def prepare(self, episode: Episode, env: Session) -> None:
         """See `Player`."""
         self._episode = episode
+        self._name = f"{episode.split}/{episode.task}/{episode.sample}"
+
+    def begin(self, prompt: list[Message]) -> None:
+        """See `Player`."""
         self._messages = list(prompt)
         self._ids = self._renderer.prompt_ids(prompt)
         self._turn = 0
-        self._name = f"{episode.split}/{episode.task}/{episode.sample}"
 
     async def reply(self) -> Reply | EpisodeStatus:
         """See `Player`. The context is full when a reply of full length would not fit."""
@@ -115,10 +121,12 @@ class ExpertPlayer:
         self._thoughts = thoughts
         self.note: str | None = None
 
-    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
-        """See `Player`. Asking for a solution takes the environment out of the episode, so it is begun again."""
+    async def prepare(self, episode: Episode, env: Session) -> None:
+        """See `Player`."""
         self._solution: list[ExpertStep] = await env.call("expert", episode.task)
-        await env.reset(episode.task)
+
+    def begin(self, prompt: list[Message]) -> None:
+        """See `Player`."""
         self._played = 0
 
     async def reply(self) -> Reply | EpisodeStatus:
@@ -141,10 +149,13 @@ class RandomPlayer:
 
     note = None
 
-    async def begin(self, episode: Episode, env: Session, prompt: list[Message]) -> None:
+    async def prepare(self, episode: Episode, env: Session) -> None:
         """See `Player`."""
         self._env = env
         self._random = random.Random(episode.draw("random"))
+
+    def begin(self, prompt: list[Message]) -> None:
+        """See `Player`."""
 
     async def reply(self) -> Reply | EpisodeStatus:
         """See `Player`."""
@@ -162,10 +173,11 @@ async def play_episode(
     Raises:
         EnvironmentFailure: the environment broke or gave no answer.
     """
+    await player.prepare(episode, env)
     task, info = await env.reset(episode.task)
     messages = react.prompt(env_class, task, example=example)
     prompt_length = len(messages)
-    await player.begin(episode, env, messages)
+    player.begin(messages)
     turns: list[Turn] = []
     status = None
     engine_seconds, malformed = 0.0, 0

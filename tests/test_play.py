@@ -171,8 +171,8 @@ async def test_experts_without_thoughts_only_act(tmp_path):
 
 async def test_a_replay_that_reads_something_else_is_noted(tmp_path, monkeypatch):
     class Misremembering(ExpertPlayer):
-        async def begin(self, episode, env, prompt):
-            await super().begin(episode, env, prompt)
+        async def prepare(self, episode, env):
+            await super().prepare(episode, env)
             self._solution[1] = self._solution[1]._replace(observation="seven")
 
     (one,) = await play(tmp_path, lambda _: Misremembering())

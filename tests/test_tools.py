@@ -1,0 +1,98 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from pipeline.config import Config
+from pipeline.pairs import pair
+from pipeline.records import Trajectory, Turn, read_jsonl, write_jsonl
+from tests.test_pairs import expert
+from tests.test_records import trajectory
+from tests.tiny_policy import save_tiny_policy
+
+
+def tool(*arguments):
+    return subprocess.run([sys.executable, "-m", "pipeline", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run folder with a policy, one episode and one pair."""
+    seed = tmp_path / "sciworld" / "seed0"
+    (seed / "sft").mkdir(parents=True)
+    save_tiny_policy(seed / "sft" / "policy")
+    one = trajectory()
+    one.turns[0].token_ids = []
+    write_jsonl(seed / "rollout" / "episodes.jsonl", [one])
+    write_jsonl(seed / "pairs" / "pairs.jsonl", [pair(expert(messages=one.messages), one)])
+    return tmp_path
+
+
+def test_inspect_shows_an_episode_by_turn_and_weight(run_folder):
+    shown = tool("inspect", run_folder / "sciworld" / "seed0" / "rollout" / "episodes.jsonl")
+    assert shown.returncode == 0, shown.stderr
+    assert "sciworld:boil:3: sft, reward 0.50, max_steps" in shown.stdout
+    assert "[turn 0 x 1]" in shown.stdout
+    assert "Action: wait" in shown.stdout
+
+
+def test_inspect_shows_both_sides_of_a_pair(run_folder):
+    shown = tool("inspect", run_folder / "sciworld" / "seed0" / "pairs" / "pairs.jsonl", "--method", "mean")
+    assert shown.returncode == 0, shown.stderr
+    assert "chosen, expert/seed0/0" in shown.stdout
+    assert "rejected, sft/seed0/0" in shown.stdout
+
+
+def test_inspect_says_what_is_missing(run_folder, tmp_path):
+    path = run_folder / "sciworld" / "seed0" / "rollout" / "episodes.jsonl"
+    assert "no record 'sciworld:melt:0' among 1" in tool("inspect", path, "--id", "sciworld:melt:0").stderr
+    write_jsonl(tmp_path / "lonely" / "episodes.jsonl", [trajectory()])
+    assert "--tokenizer" in tool("inspect", tmp_path / "lonely" / "episodes.jsonl").stderr
+
+
+@pytest.mark.java
+def test_replay_finds_the_turn_that_differs(tmp_path):
+    from envs.sciworld import ScienceWorld
+
+    task = "sciworld:lifespan-longest-lived:0"
+    with ScienceWorld() as env:
+        steps = env.expert(task)
+        env.reset(options={"task": task})
+        rewards = [env.step(step.action)[4]["reward"] for step in steps]
+    turns = [
+        Turn(text="", action=step.action, observation=step.observation, reward=reward, valid=True)
+        for step, reward in zip(steps, rewards, strict=True)
+    ]
+    path = tmp_path / "runs" / "x" / "episodes.jsonl"
+    write_jsonl(path, [trajectory(id=task, turns=turns)])
+    (path.parent / "config.yaml").write_text(yaml.safe_dump(Config().model_dump(mode="json")))
+    same = tool("replay", path)
+    assert same.returncode == 0, same.stderr
+    assert "1 of 1 episodes replay exactly" in same.stdout
+
+    (changed,) = read_jsonl(path, Trajectory)[0]
+    changed.turns[1].observation = "You see a dragon."
+    write_jsonl(path, [changed])
+    differs = tool("replay", path)
+    assert differs.returncode == 1
+    assert f"{task}, turn 1" in differs.stdout
+    assert "0 of 1 episodes replay exactly" in differs.stdout
+
+
+@pytest.mark.java
+def test_doctor_finds_this_machine_well():
+    found = tool("doctor")
+    assert found.returncode == 0, found.stdout
+    for check in ("Python", "packages", "vLLM", "Java", "ScienceWorld", "disk"):
+        assert check in found.stdout
+
+
+def test_doctor_names_what_mends_a_missing_java(monkeypatch, capsys, tmp_path):
+    from pipeline import doctor
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setattr(doctor, "_scienceworld", lambda: "skipped here")
+    assert doctor.main(None) == 1
+    assert "apt-get install default-jre-headless" in capsys.readouterr().out
