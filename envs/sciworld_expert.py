@@ -17,8 +17,9 @@ NO_EFFECT = re.compile(r"pour (.+?) in(?:to)? \1$")
 def plans(gold: list[str], description: str) -> Iterator[list[str]]:
     """Plans worth trying, the most natural first and the gold path itself last.
 
-    A walk through five doors costs time in which things heat, grow or cool, and some solutions count on it. So after
-    the plans that just save the time come those that wait for as long instead.
+    Things are called as the room shows them where that is understood; gold paths have names that nobody has read, such
+    as `baby baby brown bear`. A walk through five doors costs time in which things heat, grow or cool, and some
+    solutions count on it. So after the plans that just save the time come those that wait for as long instead.
 
     Args:
         gold: the simulator's actions.
@@ -26,7 +27,18 @@ def plans(gold: list[str], description: str) -> Iterator[list[str]]:
     """
     direct = _teleporting(gold, description, keep_time=False)
     timed = _teleporting(gold, description, keep_time=True)
+    as_seen = [_as_seen(action) for action in _long_waits(direct)]
+    if as_seen != _long_waits(direct):
+        yield as_seen
     yield from (_long_waits(direct), direct, _long_waits(timed), timed, gold)
+
+
+def _as_seen(action: str) -> str:
+    """The action with things called as observations call them: `egg dove egg in inventory` is a `dove egg`."""
+    action = re.sub(r"\b(\w+) \1\b", r"\1", action)
+    action = re.sub(r"\begg (.+?) egg\b", r"\1 egg", action)
+    action = re.sub(r"^focus on egg (.+)$", r"focus on \1 egg", action)
+    return re.sub(r"( containing [\w ]+?)? in inventory\b", "", action)
 
 
 def _teleporting(gold: list[str], description: str, *, keep_time: bool) -> list[str]:

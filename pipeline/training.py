@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -176,6 +177,7 @@ def _train(
     name: str,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one."""
+    transformers.utils.logging.disable_progress_bar()  # its bars for written files would tear the training's apart
     check(examples)
     arguments = training_arguments(config, folder, seed)
     run = Run(
