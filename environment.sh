@@ -1,7 +1,7 @@
 # Sourced by run_all.sh and tests/run.sh: leaves `python` pointing at an environment in which the pipeline runs. An active
 # environment that has everything is used as it is; else .venv is made, once, from pyproject.toml.
 
-usable() { # every package the pipeline imports is there, and $NEEDS; looked for, not imported, which would take seconds
+usable() { # what takes longest to install is there, and $NEEDS; looked for, not imported, which would take seconds
   "$1" - ${NEEDS:-} 2>/dev/null <<'PY'
 import importlib.util as util, sys
 needed = ["torch", "vllm", "transformers", "peft", "accelerate", "scienceworld", "pydantic", "pandas", "scipy"]
@@ -31,19 +31,21 @@ install_into() { # torch by pip, which knows where its own settings say CPU buil
     "$python" -m pip install --quiet --disable-pip-version-check "$torch+cpu" 2>/dev/null ||
       "$python" -m pip install --quiet "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
   fi
-  if index=$("$python" -m pip config get global.index-url 2>/dev/null); then export UV_DEFAULT_INDEX=$index; fi
+  index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+  if [ -n "$index" ]; then export UV_DEFAULT_INDEX=$index; fi
   "$python" -m uv pip install --quiet --python "$python" --editable ".[$extra,test]"
 }
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && usable python; then
   :
 else
-  if ! usable .venv/bin/python; then
-    echo "Setting up .venv (a few minutes, once) ..." >&2
+  if ! cmp -s pyproject.toml .venv/installed.toml; then # new, half-made, or made for other pins
+    echo "Setting up .venv (a minute or a few, once) ..." >&2
     base=$(find_python)
     rm -rf .venv
     "$base" -m venv .venv
     install_into .venv/bin/python
+    cp pyproject.toml .venv/installed.toml
   fi
   export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 fi

@@ -3,12 +3,17 @@
 #
 #   bash run_all.sh                          a small policy trained from nothing, on a laptop
 #   bash run_all.sh tiny seed=0,1,2          three seeds
-#   bash run_all.sh tiny method=dmpo,trajectory run=compare
+#   bash run_all.sh tiny method=dmpo,trajectory run=versus
 #
 # What is done already is not done again; a run that was stopped goes on where it was. `python -m pipeline STAGE RECIPE
 # [key=value ...]` runs one stage, `--help` explains every key.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+if [[ ${1:-} == -* ]]; then # --help
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
 
 recipe=tiny
 if [ $# -gt 0 ] && [[ $1 != *=* ]]; then

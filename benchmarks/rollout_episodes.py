@@ -86,7 +86,8 @@ async def alone(engine: Engine, requests: dict[str, list[tuple[Sequence[int], Sa
         nonlocal tokens
         async with gate:
             for prompt_ids, sampling in asked:
-                tokens += len((await engine.generate(prompt_ids, sampling, f"alone/{name}")).token_ids)
+                completion = await engine.generate(prompt_ids, sampling, f"alone/{name}")
+                tokens += len(completion.token_ids)
 
     started = time.perf_counter()
     await asyncio.gather(*(converse(name, asked) for name, asked in requests.items()))

@@ -1,6 +1,6 @@
 """Steps a second of our ScienceWorld against the package's own `ScienceWorldEnv.step`, on the same gold paths.
 
-    python benchmarks/sciworld_steps.py [--variations 3] [--json FILE]
+    python -m benchmarks.sciworld_steps [--variations 3] [--json FILE]
 
 Both replay the same actions of the same tasks by turns, path by path, each in a JVM of its own under this process; what
 is timed is `step`, without loads. Ours seeds every step and orders sets, which costs some speed; the official one also

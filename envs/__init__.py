@@ -34,6 +34,10 @@ class Info(TypedDict):
     """Whether the last action was understood."""
 
 
+class NoSolutionError(Exception):
+    """The environment knows no solution of a task; says why."""
+
+
 class ExpertStep(NamedTuple):
     """One step of an expert's solution."""
 
@@ -91,7 +95,7 @@ class TextEnv(gymnasium.Env[str, str]):
         `reset`. A solution is not promised to reach the full reward: whoever keeps it replays it first.
 
         Raises:
-            LookupError: the environment knows no solution; says why.
+            NoSolutionError: the environment knows no solution; says why.
         """
 
     @classmethod
@@ -103,6 +107,12 @@ class TextEnv(gymnasium.Env[str, str]):
     @abstractmethod
     def fingerprint(cls, settings: Any) -> str:
         """What the episodes depend on besides the task: package version and data, hashed. Fast: starts nothing."""
+
+    @classmethod
+    def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
+        """The settings that the tasks and episodes of a split depend on: all, unless the environment says less."""
+        found: dict[str, Any] = settings.model_dump(mode="json")
+        return found
 
     @classmethod
     @abstractmethod

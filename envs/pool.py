@@ -31,7 +31,7 @@ from typing import IO, Any, Self
 
 from pydantic import BaseModel
 
-from envs import Info, TextEnv, load
+from envs import Info, NoSolutionError, TextEnv, load
 
 STARTUP_SECONDS = 180.0
 """How long a worker may take to start, or an environment to be made: a JVM start, a first look at large files."""
@@ -119,7 +119,7 @@ class Session:
     """One environment of a pool, asked as one would ask a `TextEnv`.
 
     Every method raises `EnvironmentFailure` when the environment breaks or its worker dies, `EnvironmentTimeout` when
-    no answer comes in time, and passes on the `ValueError`s and `LookupError`s by which environments refuse requests.
+    no answer comes in time, and passes on the `ValueError`s and `NoSolutionError`s by which environments refuse.
     """
 
     def __init__(self, worker: "_Worker", slot: int, timeout: float) -> None:
@@ -304,7 +304,9 @@ class _Host:
             method, positional, named = args
             value = getattr(self._envs[slot], method)(*positional, **named)
             return _Answer(value=value, seconds=time.perf_counter() - began)
-        except (ValueError, LookupError) as error:
+        except NoSolutionError as error:
+            return _Answer(error=error, seconds=time.perf_counter() - began)
+        except ValueError as error:
             return _Answer(error=_plain(error), seconds=time.perf_counter() - began)
         except Exception as error:
             # Whatever else an environment raises leaves it in a state nobody knows: the next session gets a new one.

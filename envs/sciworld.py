@@ -29,6 +29,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from py4j.protocol import Py4JError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scienceworld.constants import JAR_PATH
 
-from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, TextEnv
+from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv
 from envs.sciworld_expert import plans, think
 
 STEP_LIMITS = {
@@ -201,6 +202,11 @@ class Settings(BaseModel):
     """Most memory, in MB, for the objects of the JVM that all environments of a process share. It uses what it needs:
     some 50 MB, and 11 MB more for each environment (320 MB resident with 8 of them, 600 with 16)."""
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _comma_list(cls, tasks: Any) -> Any:
+        return [task.strip() for task in tasks.split(",")] if isinstance(tasks, str) else tasks
+
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: list[str]) -> list[str]:
@@ -249,6 +255,7 @@ class Jvm:
                 die_on_exit=True,
                 enable_auth=True,
                 return_proc=True,
+                cwd=tempfile.gettempdir(),  # the simulator leaves object_type_ids.tsv where it starts
             )
         except (ValueError, OSError) as error:  # py4j reads the port from Java's first line
             raise ValueError(NO_JAVA.format(problem=f"`{java}` did not start the simulator")) from error
@@ -510,13 +517,13 @@ class ScienceWorld(TextEnv):
         Up to five plans (`envs.sciworld_expert.plans`) are played, until one solves it within its step limit.
 
         Raises:
-            LookupError: the simulator gave no gold path.
+            NoSolutionError: the simulator gave no gold path.
         """
         name, variation = self._parse(task)
         self._server.load(name, variation, self._settings.simplification, gold=True)
         gold, description = self._server.gold(), self._server.description()
         if not gold or any("ERROR" in action for action in gold):
-            raise LookupError(f"ScienceWorld has no gold path for {task}.")
+            raise NoSolutionError(f"ScienceWorld has no gold path for {task}.")
         best: list[ExpertStep] = []
         reward = -1.0
         tried: list[list[str]] = []
@@ -554,6 +561,13 @@ class ScienceWorld(TextEnv):
     def fingerprint(cls, settings: Any) -> str:
         """Package version, hash of the simulator, and the simplifications."""
         return f"scienceworld {importlib.metadata.version('scienceworld')} {_jar_hash()} {settings.simplification}"
+
+    @classmethod
+    def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
+        """All but the memory, and how many variations the other splits have."""
+        other = "eval_variations" if split == "train" else "train_variations"
+        found: dict[str, Any] = settings.model_dump(mode="json", exclude={"heap_mb", other})
+        return found
 
     @classmethod
     def unknown_verb(cls, action: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from envs.sciworld import Settings as ScienceWorldSettings
 from pipeline.engines import EngineSettings
@@ -25,6 +25,15 @@ def _comma_list(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("names something twice")
+    return values
+
+
+Seed = Annotated[int, Field(ge=0)]
+
+
 class Section(BaseModel):
     """A part of a recipe. Unknown keys are errors; a field's docstring is its help text."""
 
@@ -34,7 +43,9 @@ class Section(BaseModel):
 class EnvConfig(Section):
     """Environments. On the command line `env=NAME[,NAME]` picks them and `env.NAME.key=value` sets one up."""
 
-    names: Annotated[list[Literal["sciworld"]], BeforeValidator(_comma_list), Field(min_length=1)] = ["sciworld"]
+    names: Annotated[
+        list[Literal["sciworld"]], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)
+    ] = ["sciworld"]
     """The environments of the run, one after the other."""
     example: bool = True
     """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
@@ -67,6 +78,13 @@ class ModelConfig(Section):
     the adapter off."""
     lora_alpha: int = Field(16, ge=1)
     """Scale of the LoRA update: it is multiplied by alpha / rank."""
+
+    @model_validator(mode="after")
+    def _sizes_of_a_new_model(self) -> "ModelConfig":
+        sizes = self.model_fields_set & {"vocabulary", "hidden", "layers", "heads"}
+        if self.path is not None and any(getattr(self, key) != type(self).model_fields[key].default for key in sizes):
+            raise ValueError(f"{sorted(sizes)[0]} is a size of a new model and has no effect beside model.path")
+        return self
 
 
 class WorkersConfig(Section):
@@ -156,6 +174,12 @@ class RolloutConfig(Section):
     tasks: int | None = Field(None, ge=1)
     """Explore only this many of the training tasks that have an expert, drawn by the run's seed. Empty: all."""
 
+    @model_validator(mode="after")
+    def _sampling(self) -> "RolloutConfig":
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise ValueError("samples and top_p have no effect at temperature 0, where every episode is the same")
+        return self
+
 
 class PairsConfig(Section):
     """Win/lose pairs: on each task the expert against the policy; the higher reward is chosen, ties are dropped."""
@@ -174,13 +198,15 @@ class PreferenceConfig(TrainingConfig):
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference policy."""
     gamma: float = Field(0.7, ge=0, le=1)
-    """Discount over turns; methods without a discount ignore none: see `pipeline/losses.py`."""
+    """Discount over turns; `trajectory` and `mean` have none."""
 
 
 class EvaluateConfig(Section):
     """Evaluation on new tasks, greedy."""
 
-    splits: Annotated[list[Literal["seen", "unseen"]], BeforeValidator(_comma_list)] = ["seen", "unseen"]
+    splits: Annotated[
+        list[Literal["seen", "unseen"]], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)
+    ] = ["seen", "unseen"]
     """The splits to play."""
     tasks: int | None = Field(None, ge=1)
     """Play only this many tasks of a split, spread evenly over its kinds. Empty: all."""
@@ -189,11 +215,13 @@ class EvaluateConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
+    run: Annotated[str, BeforeValidator(str)] = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
     """Name of the run's folder under runs/; empty: the recipe's name."""
-    seed: Annotated[list[int], BeforeValidator(_comma_list), Field(min_length=1)] = [0]
+    seed: Annotated[list[Seed], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)] = [0]
     """Seeds; each is a whole run of its own, and the table averages over them."""
-    method: Annotated[list[Discount], BeforeValidator(_comma_list), Field(min_length=1)] = [Discount.DMPO]
+    method: Annotated[list[Discount], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)] = [
+        Discount.DMPO
+    ]
     """Preference losses to train with, each from the same SFT policy and pairs; `trajectory` is DPO / ETO."""
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()
@@ -272,6 +300,14 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         raise ValueError(_explain(error, str(path) + (" with " + " ".join(overrides) if overrides else ""))) from None
     return config if config.run else config.model_copy(update={"run": path.stem})
+
+
+def beside(file: Path) -> Config:
+    """The resolved recipe of the run that a file belongs to; the defaults where it belongs to none."""
+    for folder in file.resolve().parents:
+        if (folder / "config.yaml").is_file():
+            return Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+    return Config()
 
 
 def describe(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:

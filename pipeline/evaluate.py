@@ -6,15 +6,26 @@ same, so that this stage alone is enough after a change of `evaluate` keys.
 
 from pipeline import jobs, runs
 from pipeline.config import Config
+from pipeline.records import Trajectory, read_jsonl
 
 
 def main(config: Config) -> None:
-    """Play what is missing for the reward table."""
+    """Play what is missing for the reward table, and write the table."""
+    played = False
+    wanted: list[jobs.Job] = []
     for env in config.env.names:
         for seed in config.seed:
             folder = runs.seed_folder(config, env, seed)
-            jobs.run(config, [job for name in jobs.BASELINES for job in jobs.evaluation(config, env, seed, name)])
-            jobs.run(config, jobs.evaluation(config, env, seed, "sft"), folder / "sft", "sft")
+            baselines = [job for name in jobs.BASELINES for job in jobs.evaluation(config, env, seed, name)]
+            played |= jobs.run(config, baselines)
+            sft = jobs.evaluation(config, env, seed, "sft")
+            played |= jobs.run(config, sft, folder / "sft", "sft")
+            wanted += baselines + sft
             for method in config.method:
-                checkpoint = folder / "train" / method
-                jobs.run(config, jobs.evaluation(config, env, seed, method), checkpoint, "train")
+                trained = jobs.evaluation(config, env, seed, method)
+                played |= jobs.run(config, trained, folder / "train" / method, "train")
+                wanted += trained
+    if played or not (config.folder / "rewards.csv").is_file():
+        from pipeline.report import write_rewards
+
+        write_rewards(config, [one for job in wanted for one in read_jsonl(job.folder / jobs.EPISODES, Trajectory)[0]])

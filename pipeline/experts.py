@@ -27,7 +27,9 @@ def main(config: Config) -> None:
     source = config.experts.source
     for name in config.env.names:
         env = envs.load(name)
-        settings = runs.settings_of(config.experts, env=jobs.env_settings(config, env))
+        if source and not source.is_file():
+            raise ValueError(f"experts.source: {source} is no file.")
+        settings = runs.settings_of(config.experts, env=jobs.env_settings(config, env, "train"))
         for seed in config.seed:
             folder = runs.seed_folder(config, name, seed) / "experts"
             inputs = {"experts.source": source} if source else {}
@@ -35,7 +37,8 @@ def main(config: Config) -> None:
                 if stage.done:
                     continue
                 if source:
-                    trajectories, facts = read_official(env, source), {"source": str(source)}
+                    published = read_official(env, source, thoughts=config.experts.thoughts)
+                    trajectories, facts = asyncio.run(keep_training_tasks(config, env, published))
                 else:
                     trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
                 if not trajectories:
@@ -55,7 +58,8 @@ async def solve(
     job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env)
-        done = {one.id for one in read_jsonl(replays, Trajectory)[0]} if replays.is_file() else set()
+        replayed, half_written = read_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
+        done = {one.id for one in replayed}
         episodes = [Episode(task=task, split="train", policy="expert", seed=seed) for task in tasks if task not in done]
         with JsonlAppender(replays) as appender:
             await play_episodes(
@@ -76,10 +80,27 @@ async def solve(
         "dropped": dict(reasons),
         "dropped_ids": [one.id for one in played if not one.success],
         "replays_that_differ": [one.id for one in kept if one.note],
+        "half_written_lines_dropped": half_written,
     }
 
 
-def read_official(env: type[envs.TextEnv], path: Path) -> list[Trajectory]:
+async def keep_training_tasks(
+    config: Config, env: type[envs.TextEnv], published: list[Trajectory]
+) -> tuple[list[Trajectory], dict[str, Any]]:
+    """Published trajectories of training tasks alone; the published lists overlap with the tasks of the other splits.
+
+    Returns:
+        The trajectories that are kept, and what the manifest says of the rest.
+    """
+    async with jobs.open_pool(config, env) as pool, pool.session() as session:
+        split_of = {task: split for split in envs.SPLITS for task in await session.call("tasks", split)}
+    kept = [one for one in published if split_of.get(one.id) == "train"]
+    others = [one.id for one in published if split_of.get(one.id) != "train"]
+    reasons = Counter(f"in the {split_of[one]} split" if one in split_of else "in no split" for one in others)
+    return kept, {"dropped": dict(reasons), "dropped_ids": others}
+
+
+def read_official(env: type[envs.TextEnv], path: Path, *, thoughts: bool = True) -> list[Trajectory]:
     """Read expert data as published with ETO: a JSON list of ShareGPT conversations, or the same as JSON lines.
 
     The instruction is replaced by the environment's own, which is what rollouts carry; ids become content ids.
@@ -89,14 +110,18 @@ def read_official(env: type[envs.TextEnv], path: Path) -> list[Trajectory]:
             grammar; names the item.
     """
     items = _items(path)
-    return [_official_trajectory(env, item, f"{path}, item {number}") for number, item in enumerate(items, 1)]
+    return [
+        _official_trajectory(env, item, f"{path}, item {number}", thoughts=thoughts)
+        for number, item in enumerate(items, 1)
+    ]
 
 
 def _items(path: Path) -> list[ShareGpt]:
-    if not path.is_file():
-        raise ValueError(f"experts.source: {path} is no file.")
     if path.suffix == ".jsonl":
-        return read_jsonl(path, ShareGpt)[0]
+        items, half_written = read_jsonl(path, ShareGpt)
+        if half_written:
+            raise ValueError(f"{path}: the last line has no end; was the file cut short? If not, add a newline.")
+        return items
     try:
         return TypeAdapter(list[ShareGpt]).validate_json(path.read_bytes())
     except ValidationError as error:
@@ -107,7 +132,7 @@ def _items(path: Path) -> list[ShareGpt]:
         raise ValueError(f"{path}{item}: not a ShareGPT conversation{where}: {first['msg']}.") from None
 
 
-def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str) -> Trajectory:
+def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str, *, thoughts: bool) -> Trajectory:
     """One published conversation: instruction, OK, task, then reply and observation in turn."""
     speakers = [line.speaker for line in item.conversations]
     if (
@@ -123,6 +148,8 @@ def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str) ->
     answers += [""] * (len(replies) - len(answers))
     reward = 1.0 if item.reward is None else item.reward
     turns = [_official_turn(env, text, answer, where) for text, answer in zip(replies, answers, strict=True)]
+    for turn in turns if not thoughts else ():
+        turn.text = react.reply("", turn.action)
     turns[-1].reward = reward
     messages = react.prompt(env, env.official_task(values[2]), example=False)
     prompt_length = len(messages)

@@ -1,6 +1,6 @@
 """Tool `inspect`: a trajectory or pair of a file as the policy sees it, its tokens coloured by turn.
 
-python -m pipeline inspect runs/tiny/sciworld/seed0/pairs/pairs.jsonl --method dmpo --gamma 0.7
+python -m pipeline inspect runs/tiny/sciworld/seed0/pairs/pairs.jsonl --method dmpo
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from pipeline import config as configuration
 from pipeline.records import Message, Pair, Trajectory, read_jsonl
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id", help="content id of the task; default: the first record")
     parser.add_argument("--tokenizer", type=Path, help="folder of a policy; default: the run's own sft/policy")
     parser.add_argument("--method", default="dmpo", help="discount whose weights are shown (default: dmpo)")
-    parser.add_argument("--gamma", type=float, default=0.7, help="gamma of the discount (default: 0.7)")
+    parser.add_argument("--gamma", type=float, help="gamma of the discount; default: the run's")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -73,11 +74,13 @@ def _coloured(
 
     from pipeline.losses import discount
     from pipeline.methods import Discount
-    from pipeline.rendering import Renderer
+    from pipeline.rendering import Renderer, fit
 
     renderer = Renderer(AutoTokenizer.from_pretrained(options.tokenizer or _policy_beside(options.file)))
-    rendered = renderer.render(prompt, completion, token_ids)
-    weights = discount(Discount(options.method), torch.tensor([rendered.turns]), options.gamma)[0]
+    config = configuration.beside(options.file)
+    rendered = fit(renderer.render(prompt, completion, token_ids), config.model.max_length)
+    gamma = config.train.gamma if options.gamma is None else options.gamma
+    weights = discount(Discount(options.method), torch.tensor([rendered.turns]), gamma)[0]
     return renderer.coloured(rendered, weights.tolist())
 
 

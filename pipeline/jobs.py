@@ -6,11 +6,13 @@ checkpoint are played by one engine process, which then exits: no engine ever se
 
 import asyncio
 import contextlib
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +30,7 @@ from pipeline.config import Config
 from pipeline.play import Episode, ExpertPlayer, Player, PolicyPlayer, RandomPlayer, play_episodes
 from pipeline.records import JsonlAppender, Trajectory, read_jsonl, write_jsonl
 
-EPISODES = "episodes.jsonl"
+EPISODES = runs.EPISODES
 BASELINES = ("random", "expert")
 """Who plays beside the policies: chance, and the environment's own solutions."""
 
@@ -59,7 +61,7 @@ def settings(config: Config, job: Job) -> dict[str, Any]:
     served = job.policy not in BASELINES
     return runs.settings_of(
         *([config.play] if served else []),
-        env=env_settings(config, env),
+        env=env_settings(config, env, job.split),
         example=config.env.example and served,
         max_length=config.model.max_length if served else None,
         engine=config.engine.model_dump(include={"name", "dtype", "threads", "eager"}) if served else None,
@@ -69,10 +71,10 @@ def settings(config: Config, job: Job) -> dict[str, Any]:
     )
 
 
-def env_settings(config: Config, env: type[envs.TextEnv]) -> dict[str, Any]:
-    """What episodes depend on of their environment: its section of the recipe, its version and its data."""
+def env_settings(config: Config, env: type[envs.TextEnv], split: str) -> dict[str, Any]:
+    """What the episodes of a split depend on of their environment: settings, version and data."""
     section: BaseModel = getattr(config.env, env.name)
-    return section.model_dump(mode="json") | {"fingerprint": env.fingerprint(section)}
+    return env.relevant(section, split) | {"fingerprint": env.fingerprint(section)}
 
 
 def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
@@ -92,8 +94,8 @@ def evaluation(config: Config, env: str, seed: int, policy: str) -> list[Job]:
     ]
 
 
-def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> None:
-    """Play what is not played yet.
+def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> bool:
+    """Play what is not played yet; returns whether there was anything.
 
     Args:
         config: the run.
@@ -118,6 +120,7 @@ def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, mad
             facts = _in_own_process(_play, config, [job for job, _ in waiting], checkpoint and checkpoint / "policy")
             for (_, work), fact in zip(waiting, facts, strict=True):
                 work.facts.update(fact)
+    return bool(waiting)
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -153,6 +156,8 @@ def _play(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[
 
 async def _play_jobs(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
     env = envs.load(jobs[0].env)
+    lock = (config.folder / ".playing").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a killed run may take a moment to notice that it is alone
     async with open_pool(config, env) as pool:
         with _players(config, checkpoint) as make_player:
             return [await _play_job(config, job, pool, env, make_player) for job in jobs]
@@ -179,6 +184,7 @@ async def _play_job(
     config: Config, job: Job, pool: EnvPool, env: type[envs.TextEnv], make_player: Callable[[Job], Player]
 ) -> dict[str, Any]:
     """Play the episodes of one job that its file does not hold yet."""
+    began = time.monotonic()
     path = job.folder / EPISODES
     done, dropped = read_jsonl(path, Trajectory) if path.is_file() else ([], 0)
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
@@ -203,7 +209,11 @@ async def _play_job(
     order = {task: position for position, task in enumerate(tasks)}
     trajectories = sorted(read_jsonl(path, Trajectory)[0], key=lambda one: (order[one.id], one.sample))
     write_jsonl(path, trajectories)
-    return summary(trajectories) | {"half_written_lines_dropped": dropped, "already_played": len(have)}
+    return summary(trajectories) | {
+        "half_written_lines_dropped": dropped,
+        "already_played": len(have),
+        "seconds": round(time.monotonic() - began, 2),
+    }
 
 
 async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> list[str]:

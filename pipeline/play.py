@@ -10,18 +10,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
 import envs
-from envs import ExpertStep
+from envs import ExpertStep, NoSolutionError
 from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool, Session
 from pipeline import react
 from pipeline.config import PlayConfig
 from pipeline.engines import Engine, Sampling
 from pipeline.records import EpisodeStatus, JsonlAppender, Message, Trajectory, Turn
-from pipeline.rendering import Renderer
+
+if TYPE_CHECKING:  # at run time it brings transformers with it, and a stage that has nothing to do must be quick
+    from pipeline.rendering import Renderer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,9 @@ class PolicyPlayer:
 
     note = None
 
-    def __init__(self, engine: Engine, renderer: Renderer, play: PlayConfig, temperature: float, top_p: float) -> None:
+    def __init__(
+        self, engine: Engine, renderer: "Renderer", play: PlayConfig, temperature: float, top_p: float
+    ) -> None:
         self._engine, self._renderer, self._play = engine, renderer, play
         self._temperature, self._top_p = temperature, top_p
 
@@ -244,7 +248,8 @@ async def play_episodes(
     """Play many episodes and append each to the file as it ends.
 
     An episode whose environment breaks is played once more from its start, on another worker; if that breaks too, or if
-    an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not lost.
+    an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not lost. Whatever
+    else goes wrong in one episode (a full disk, a dead engine) ends all of them and is raised as it is.
     """
     bar = tqdm(total=len(episodes), desc=label, unit="episode", disable=None)
 
@@ -254,20 +259,21 @@ async def play_episodes(
 
     async def play_one(episode: Episode) -> None:
         try:
-            trajectory = await attempt(episode)
-        except EnvironmentFailure:
             try:
                 trajectory = await attempt(episode)
-            except EnvironmentFailure as failure:
-                trajectory = _failed(env_class, episode, failure)
-        except LookupError as failure:
-            trajectory = _failed(env_class, episode, failure)
+            except EnvironmentFailure:
+                trajectory = await attempt(episode)
+        except (EnvironmentFailure, NoSolutionError) as error:
+            trajectory = _failed(env_class, episode, error)
         appender.append(trajectory)
         bar.update()
 
-    async with asyncio.TaskGroup() as group:
-        for episode in episodes:
-            group.create_task(play_one(episode))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for episode in episodes:
+                group.create_task(play_one(episode))
+    except* Exception as errors:
+        raise errors.exceptions[0] from None
     bar.close()
 
 

@@ -7,12 +7,12 @@ import argparse
 import asyncio
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from tqdm import tqdm
 
 import envs
 from envs.pool import EnvPool
+from pipeline import config as configuration
 from pipeline import jobs
 from pipeline.config import Config
 from pipeline.records import Trajectory, read_jsonl
@@ -32,21 +32,13 @@ def main(options: argparse.Namespace) -> int:
     ]
     if not trajectories:
         raise ValueError(f"{options.file}: no episode{f' of {options.id}' if options.id else ''} to replay.")
-    differences = asyncio.run(_replay(_config_beside(options.file), trajectories[: options.limit]))
+    differences = asyncio.run(_replay(configuration.beside(options.file), trajectories[: options.limit]))
     console = Console()
     for line in filter(None, differences):
         console.print(line, highlight=False, markup=False)
     differing = sum(bool(line) for line in differences)
     console.print(f"{len(differences) - differing} of {len(differences)} episodes replay exactly.")
     return int(differing > 0)
-
-
-def _config_beside(file: Path) -> Config:
-    """The resolved recipe of the run that a file belongs to; the defaults where it belongs to none."""
-    for folder in file.resolve().parents:
-        if (folder / "config.yaml").is_file():
-            return Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
-    return Config()
 
 
 async def _replay(config: Config, trajectories: list[Trajectory]) -> list[str | None]:

@@ -114,13 +114,11 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     def kind(episode: Trajectory) -> str:
         return kind_of[episode.env](episode.id)
 
-    by_seed = statistics.rewards_table(evaluated)
-    _write_csv(config.folder / "rewards.csv", by_seed)
-    _write_csv(config.folder / "rewards_by_kind.csv", statistics.by_kind(evaluated, kind))
+    by_seed = write_rewards(config, evaluated)
     tables = {
         "rewards": _rows(statistics.summary(evaluated)),
         "kinds": _rows(statistics.summary(evaluated, kind)),
-        "paired": _rows(statistics.paired(evaluated, config.method, "sft")),
+        "paired": _rows(statistics.paired(evaluated, ["random", *config.method], "sft")),
         "statuses": _rows(statistics.statuses(evaluated)),
     }
     drawn: dict[str, str] = {}
@@ -143,6 +141,18 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     with atomic_write(config.folder / "report.html") as file:
         file.write(page(config, stages, tables, drawn, content))
     return tables
+
+
+def write_rewards(config: Config, evaluated: Sequence[Trajectory]) -> "pd.DataFrame":
+    """Write rewards.csv and rewards_by_kind.csv of evaluated episodes; returns the first."""
+    import envs
+    from pipeline import statistics
+
+    by_seed = statistics.rewards_table(evaluated)
+    _write_csv(config.folder / "rewards.csv", by_seed)
+    by_kind = statistics.by_kind(evaluated, lambda episode: envs.load(episode.env).kind(episode.id))
+    _write_csv(config.folder / "rewards_by_kind.csv", by_kind)
+    return by_seed
 
 
 def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Trajectory]]:
@@ -391,6 +401,4 @@ def errors_told(tables: Tables) -> str:
     if not errors:
         return f"None of {total} episodes ended in an environment error or a time-out."
     where = ", ".join(f"{' '.join(place)} {count}" for place, count in errors.items())
-    return (
-        f"Ended in an environment error or a time-out, counted with the reward they had, of {total} episodes: {where}."
-    )
+    return f"Ended in an environment error or a time-out, counted with reward 0, of {total} episodes: {where}."

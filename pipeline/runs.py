@@ -33,6 +33,7 @@ from pipeline.config import Config
 from pipeline.records import atomic_write
 
 MANIFEST = "manifest.json"
+EPISODES = "episodes.jsonl"
 STATE = "state.json"
 TRAINING_LOGS = ("checkpoints", "tensorboard", "log.jsonl")
 """What a training stage writes besides the policy; no later stage reads it."""
@@ -48,6 +49,26 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of what a file says: of episodes without the seconds they took, of anything else the bytes."""
+    if path.name != EPISODES:
+        return file_digest(path)
+    content = hashlib.sha256()
+    with path.open("rb") as lines:
+        for line in lines:
+            episode = json.loads(line)
+            for measured in ("env_seconds", "engine_seconds"):
+                episode.pop(measured, None)
+            content.update(json.dumps(episode, sort_keys=True).encode())
+    return content.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """A hash of the names, sizes and times of the files below a folder that is no stage's, such as a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,7 +98,7 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
             raise ValueError(f"{file} is gone; delete {path} and run the stage `{made_by}` again.")
         stat = file.stat()
         if (stat.st_size, stat.st_mtime_ns) != (output["bytes"], output["mtime_ns"]):
-            output["sha256"] = file_digest(file)
+            output["sha256"] = content_digest(file)
     return manifest
 
 
@@ -89,7 +110,7 @@ class Stage:
     done: bool
     """Whether a manifest with the same key is there: nothing is left to do."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the stage wants its manifest to say: counts, drops with their reasons, seconds by part."""
+    """What the stage wants its manifest to say: counts, drops with their reasons; `seconds`, if it knows better."""
 
 
 def _key(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[str, dict[str, Any]]:
@@ -140,6 +161,7 @@ def stage(
     started = time.time()
     work = Stage(folder, done=False)
     yield work
+    seconds = work.facts.pop("seconds", None) or round(time.time() - started, 2)
     write_json(
         manifest,
         {
@@ -149,7 +171,7 @@ def stage(
             "outputs": _outputs(folder, keep),
             "facts": work.facts,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-            "seconds": round(time.time() - started, 2),
+            "seconds": seconds,
             **provenance(),
         },
     )
@@ -162,7 +184,7 @@ def _outputs(folder: Path, keep: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         name = path.relative_to(folder)
         if path.is_file() and str(name) not in (STATE, MANIFEST) and name.parts[0] not in keep:
             stat = path.stat()
-            outputs[str(name)] = {"sha256": file_digest(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            outputs[str(name)] = {"sha256": content_digest(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return outputs
 
 
@@ -224,8 +246,8 @@ def is_main_process() -> bool:
 def settings_of(*sections: BaseModel, **more: Any) -> dict[str, Any]:
     """Sections of a recipe as the settings of a stage's key."""
     merged: dict[str, Any] = {}
-    for section in sections:
-        merged[type(section).__name__] = section.model_dump(mode="json")
+    for section in sections:  # how often a checkpoint is written changes no result
+        merged[type(section).__name__] = section.model_dump(mode="json", exclude={"save_steps"})
     return merged | more
 
 

@@ -3,6 +3,7 @@
 Without `model.path` the policy is new: its tokenizer is trained on the experts' text, its weights drawn by the seed.
 """
 
+from pathlib import Path
 from typing import Any
 
 from pipeline import jobs, runs
@@ -15,7 +16,9 @@ def main(config: Config) -> None:
     for env in config.env.names:
         for seed in config.seed:
             folder = runs.seed_folder(config, env, seed)
-            settings = runs.settings_of(config.model, config.sft, seed=seed)
+            base = Path(config.model.path) if config.model.path else None
+            weights = runs.folder_digest(base) if base and base.is_dir() else None
+            settings = runs.settings_of(config.model, config.sft, seed=seed, weights=weights)
             inputs = {"experts": folder / "experts"}
             with runs.stage(folder / "sft", settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS) as stage:
                 if not stage.done:

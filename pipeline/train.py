@@ -24,6 +24,8 @@ def main(config: Config) -> None:
             inputs = {name: folder / name for name in ("sft", "pairs", "reference")}
             for method in config.method:
                 settings = runs.settings_of(config.model, config.train, method=method, seed=seed)
+                if not method.uses_gamma:
+                    del settings["PreferenceConfig"]["gamma"]
                 work = runs.stage(folder / "train" / method, settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS)
                 with work as stage:
                     if not stage.done:

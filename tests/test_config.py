@@ -31,6 +31,8 @@ def test_env_is_both_a_list_and_a_section(recipe):
     assert loaded.env.names == ["sciworld"]
     assert loaded.env.example is False
     assert loaded.env.sciworld.tasks == ["boil", "melt"]
+    assert load(path, ["env.sciworld.tasks=melt,freeze"]).env.sciworld.tasks == ["melt", "freeze"]
+    assert load(path, ["run=1"]).run == "1"
     assert loaded.env.sciworld.eval_variations == 3
     assert load(recipe("env: sciworld\n")).env.names == ["sciworld"]
 
@@ -57,6 +59,12 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["seed.x.y=1"], "seed"),
         (["sft.epochs=[1"], "the value is no YAML"),
         (["run=../elsewhere"], "run: String should match pattern"),
+        (["run=.."], "run: String should match pattern"),
+        (["seed=0,0"], "seed: names something twice"),
+        (["seed=-1"], "seed.0: Input should be greater than or equal to 0"),
+        (["evaluate.splits=[]"], "evaluate.splits: Value should have at least 1 item"),
+        (["model.path=x", "model.layers=2"], "layers is a size of a new model"),
+        (["rollout.temperature=0", "rollout.samples=4"], "samples and top_p have no effect at temperature 0"),
     ],
 )
 def test_bad_keys_and_values_are_one_sentence(overrides, complaint):

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from envs.sciworld import ScienceWorld
-from pipeline.config import Config
-from pipeline.experts import read_official, solve
+from pipeline.config import Config, load
+from pipeline.experts import keep_training_tasks, main, read_official, solve
 from tests.toy_env import Settings, ToyEnv
 
 
@@ -70,7 +70,10 @@ def test_bad_official_data_are_refused_with_their_place(tmp_path, item, complain
 
 def test_a_source_that_is_not_there_or_no_json_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"experts.source: .*nothere.json is no file"):
-        read_official(ToyEnv, tmp_path / "nothere.json")
+        main(load("tiny", [f"experts.source={tmp_path / 'nothere.json'}"]))
+    (tmp_path / "cut.jsonl").write_text(json.dumps(GOOD))
+    with pytest.raises(ValueError, match="the last line has no end"):
+        read_official(ToyEnv, tmp_path / "cut.jsonl")
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match="not a ShareGPT conversation"):
         read_official(ToyEnv, tmp_path / "broken.json")
@@ -84,6 +87,24 @@ def test_etos_numbers_of_scienceworld_tasks_become_content_ids():
         with pytest.raises(ValueError, match="no ScienceWorld task"):
             ScienceWorld.official_id({"id": strange})
     assert ScienceWorld.official_task("Task Description:\nYour task is to boil water.") == "Your task is to boil water."
+
+
+def test_thoughts_can_be_left_out_of_official_data(tmp_path):
+    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD]), thoughts=False)
+    assert [turn.text for turn in one.turns] == ["Action: up", "Action: up"]
+    assert [message["content"] for message in one.completion] == ["Action: up", "Observation: 1", "Action: up"]
+
+
+async def test_official_trajectories_of_test_tasks_are_dropped_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
+    published = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD, GOOD, GOOD]))
+    published[1].id, published[2].id = "toy:seen:1", "toy:train:99"
+    kept, facts = await keep_training_tasks(Config(), ToyEnv, published)
+    assert [one.id for one in kept] == ["toy:train:2"]
+    assert facts == {
+        "dropped": {"in the seen split": 1, "in no split": 1},
+        "dropped_ids": ["toy:seen:1", "toy:train:99"],
+    }
 
 
 async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):

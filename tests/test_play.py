@@ -5,6 +5,7 @@ import itertools
 import pytest
 from transformers import AutoTokenizer
 
+from envs import NoSolutionError
 from envs.pool import EnvPool
 from pipeline import react
 from pipeline.config import PlayConfig
@@ -150,6 +151,24 @@ async def test_a_worker_that_dies_under_one_episode_does_not_lose_the_others(tmp
     found = await play(tmp_path, make, tasks=tasks)
     assert sorted(one.id for one in found) == sorted(tasks)
     assert all(one.success for one in found)
+
+
+async def test_a_full_disk_is_raised_as_it_is(tmp_path, renderer, monkeypatch):
+    def full(self, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(JsonlAppender, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        await play(tmp_path, scripted(renderer, ["Action: up"] * 3), tasks=["toy:train:2", "toy:train:1"])
+
+
+async def test_an_expert_without_a_solution_is_recorded(tmp_path, monkeypatch):
+    class Ignorant(ExpertPlayer):
+        async def prepare(self, episode, env):
+            raise NoSolutionError("nobody knows")
+
+    (one,) = await play(tmp_path, lambda _: Ignorant())
+    assert (one.status, one.reward, one.note) == (EpisodeStatus.ENV_ERROR, 0.0, "nobody knows")
 
 
 async def test_an_environment_that_hangs_is_a_timeout(tmp_path, renderer):

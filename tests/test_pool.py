@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from envs import NoSolutionError
 from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool
 from tests.env_checker import check_env
 from tests.toy_env import Settings, ToyEnv
@@ -110,7 +111,7 @@ async def test_refusals_come_back_as_they_are():
         await env.reset(TASK)
         with pytest.raises(ValueError, match=r"^a wrong value$"):
             await env.step("value a wrong value")
-        with pytest.raises(KeyError) as caught:
+        with pytest.raises(NoSolutionError) as caught:
             await env.step("key a lost key")
         assert caught.value.args == ("a lost key",)
         assert (await env.step("up"))[0] == "1"

@@ -40,7 +40,7 @@ def test_help_teaches_each_command(command):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["sft", "tiny", "sft.epoch=1"], "error: "),
+        (["sft", "tiny", "sft.epoch=1"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
         (["sft", "nothere"], "error: No recipe 'nothere'"),
         (["pairs", "tiny", "run=never-run"], "run the stage `experts` first"),
         (["evaluate", "tiny", "env=mars"], "env.names.0"),

@@ -6,6 +6,8 @@ import pytest
 
 from pipeline import runs
 from pipeline.config import Config
+from pipeline.records import write_jsonl
+from tests.test_records import trajectory
 
 
 def make(folder, settings, inputs=None, text="x"):
@@ -45,6 +47,18 @@ def test_the_same_content_made_again_changes_nothing_downstream(tmp_path):
     make(tmp_path / "a", {"k": 1})
     make(tmp_path / "b", {}, {"a": tmp_path / "a"})
     make(tmp_path / "a", {"k": 2})
+    assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+def test_the_seconds_that_episodes_took_change_nothing_downstream(tmp_path):
+    def episodes(folder, attempt, seconds):
+        with runs.stage(folder, settings={"attempt": attempt}) as stage:
+            assert not stage.done
+            write_jsonl(folder / runs.EPISODES, [trajectory(env_seconds=seconds, engine_seconds=2 * seconds)])
+
+    episodes(tmp_path / "a", 1, 0.5)
+    make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    episodes(tmp_path / "a", 2, 0.7)
     assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
 
 

@@ -88,6 +88,19 @@ def test_doctor_finds_this_machine_well():
         assert check in found.stdout
 
 
+def test_a_check_that_breaks_is_a_row_of_the_table(monkeypatch, capsys):
+    from pipeline import doctor
+
+    def broken():
+        raise ImportError("No module named 'py4j'")
+
+    monkeypatch.setattr(doctor, "_checks", lambda: {"ScienceWorld": broken, "disk": lambda: "plenty"})
+    assert doctor.main(None) == 1
+    shown = capsys.readouterr().out
+    assert "py4j" in shown
+    assert "plenty" in shown
+
+
 def test_doctor_names_what_mends_a_missing_java(monkeypatch, capsys, tmp_path):
     from pipeline import doctor
 

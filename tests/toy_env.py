@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, TextEnv
+from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv
 
 LIMIT = 5
 
@@ -71,7 +71,7 @@ class ToyEnv(TextEnv):
             case "value":
                 raise ValueError(argument)
             case "key":
-                raise KeyError(argument)
+                raise NoSolutionError(argument)
             case "break":
                 raise RuntimeError(argument)
             case "print":
