@@ -253,6 +253,7 @@ def killed_parent(tmp_path: Path, env: str, settings: str, task: str, *, busy: b
     script.write_text(
         textwrap.dedent(f"""
         import asyncio
+        from envs.pool import EnvPool
         from {env.split(":")[0]} import Settings
 
         async def main():
