@@ -63,7 +63,7 @@ def pair_examples(
 def _counts(examples: list[Rendered], too_long: list[str]) -> dict[str, Any]:
     return {
         "trajectories": len(examples),
-        "tokens": sum(len(example.ids) for example in examples),
+        "rendered_tokens": sum(len(example.ids) for example in examples),
         "policy_tokens": sum(example.trained_tokens for example in examples),
         "longest": max(len(example.ids) for example in examples),
         "dropped_too_long": too_long,
