@@ -44,7 +44,12 @@ function view(data) {
     const kept = Object.entries({ ...state, ...changes }).filter(([, value]) => value !== "");
     return "#" + new URLSearchParams(kept);
   };
-  const go = (changes) => location.replace(toHash(changes));
+  const go = (changes) => {
+    // At once, and not on the hashchange that an address set here would bring: the next key may come before it.
+    state = { ...state, ...changes };
+    history.replaceState(null, "", toHash({}));
+    render();
+  };
   const unique = (values) => [...new Set(values.map(String))];
 
   function fill(name, values, labels = {}) {
