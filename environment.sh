@@ -4,7 +4,7 @@
 usable() { # what takes longest to install is there, and $NEEDS; looked for, not imported, which would take seconds
   "$1" - ${NEEDS:-} 2>/dev/null <<'PY'
 import importlib.util as util, sys
-needed = ["torch", "vllm", "transformers", "peft", "accelerate", "scienceworld", "pydantic", "pandas", "scipy"]
+needed = ["torch", "vllm", "transformers", "peft", "accelerate", "scienceworld", "alfworld", "textworld", "pydantic", "pandas", "scipy"]
 sys.exit(not all(util.find_spec(name) for name in needed + sys.argv[1:]))
 PY
 }

@@ -70,7 +70,7 @@ async def play(config: Config, engine: Engine, renderer: Renderer, tasks: list[s
         with tempfile.TemporaryDirectory() as folder, JsonlAppender(Path(folder) / "episodes.jsonl") as appender:
             started = time.perf_counter()
             await play_episodes(
-                pool, env, episodes, lambda _: PolicyPlayer(recorder, renderer, config.play, 0.0, 1.0), config.play,
+                pool, episodes, lambda _: PolicyPlayer(recorder, renderer, config.play, 0.0, 1.0), config.play,
                 appender, example=False, label=f"{at_once} at once",
             )  # fmt: skip
             seconds = time.perf_counter() - started

@@ -1,9 +1,10 @@
 """Text environments in Gymnasium's vocabulary.
 
     sciworld   ScienceWorld, the unmodified simulator, one server object an environment
+    alfworld   ALFWorld on TextWorld's engine, with games of our own or the official ones
     pool       worker processes that host environments and are asked from asyncio
 
-An environment is one module with one subclass of `TextEnv`; `load` names it.
+An environment is one module or package with one subclass of `TextEnv`; `load` names it.
 """
 
 import importlib
@@ -60,10 +61,6 @@ class TextEnv(gymnasium.Env[str, str]):
 
     name: ClassVar[str]
     """Name of the environment in ids and on the command line."""
-    instruction: ClassVar[str]
-    """First message of every episode: the rules, the actions and the reply's form."""
-    example: ClassVar[list[tuple[str, str]]]
-    """One worked example as (user, assistant) message pairs, for prompts that carry one."""
     Settings: ClassVar[type[BaseModel]]
     """The `env.<name>` section of a recipe."""
 
@@ -99,6 +96,28 @@ class TextEnv(gymnasium.Env[str, str]):
         """
 
     @classmethod
+    def prepare(cls, settings: Any, processes: int) -> None:
+        """Make what the environment needs on this machine and does not ship; fast when it is there.
+
+        Args:
+            settings: the `env.<name>` section.
+            processes: how many may work at it side by side.
+
+        Raises:
+            ValueError: something is not there and cannot be made here; says how to get it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def instruction(cls, settings: Any) -> str:
+        """First message of every episode: the rules, the actions and the reply's form."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls, settings: Any) -> list[tuple[str, str]]:
+        """One worked example as (user, assistant) message pairs, for prompts that carry one."""
+
+    @classmethod
     @abstractmethod
     def kind(cls, task: str) -> str:
         """The kind of a task, which tables are broken down by (`sciworld:boil:3` -> `boil`)."""
@@ -116,8 +135,12 @@ class TextEnv(gymnasium.Env[str, str]):
 
     @classmethod
     @abstractmethod
-    def unknown_verb(cls, action: str) -> str | None:
-        """The verb of an action that the environment's grammar does not know, or None."""
+    def official_turn(cls, action: str, observation: str, settings: Any) -> tuple[str, str]:
+        """An action published with ETO and the answer to it, as this environment has them.
+
+        Raises:
+            ValueError: the action is of another version of the environment's grammar; says which word, and what to do.
+        """
 
     @classmethod
     @abstractmethod
@@ -140,7 +163,7 @@ def load(name: str) -> type[TextEnv]:
     Raises:
         ValueError: unknown name.
     """
-    modules = {"sciworld": "ScienceWorld"}
+    modules = {"alfworld": "AlfWorld", "sciworld": "ScienceWorld"}
     if name not in modules:
         raise ValueError(f"Unknown environment {name!r}; known: {', '.join(sorted(modules))}.")
     env: type[TextEnv] = getattr(importlib.import_module(f"envs.{name}"), modules[name])

@@ -54,7 +54,7 @@ class EnvPool:
     """Environments in worker processes.
 
     Args:
-        env: the environment: its name, its class, or `module:Class`. A class must be importable by its name.
+        env: the environment: its name or its class, which must be importable by its name.
         settings: its `Settings`; None for the defaults.
         workers: number of worker processes.
         slots: environments in each, so that `workers * slots` episodes can be played at once.
@@ -72,11 +72,15 @@ class EnvPool:
     ) -> None:
         if workers < 1 or slots < 1 or timeout <= 0:
             raise ValueError("A pool needs at least one worker, one slot and a positive timeout.")
-        path = env if isinstance(env, str) and ":" in env else _path(load(env) if isinstance(env, str) else env)
-        self._greeting = (list(sys.path), path, settings.model_dump() if settings else {})
+        self.env = load(env) if isinstance(env, str) else env
+        """The class of the environments."""
+        self.settings: BaseModel = settings or self.env.Settings()
+        """Their settings."""
+        self._greeting = (list(sys.path), _path(self.env), self.settings.model_dump())
         self._timeout = timeout
         self._closed = False
         self._free = asyncio.Semaphore(workers * slots)
+        self._alone = asyncio.Lock()
         self._workers = [_Worker(self._greeting, slots) for _ in range(workers)]
 
     async def __aenter__(self) -> Self:
@@ -91,23 +95,29 @@ class EnvPool:
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     @contextlib.asynccontextmanager
-    async def session(self) -> AsyncIterator["Session"]:
+    async def session(self, *, alone: bool = False) -> AsyncIterator["Session"]:
         """An environment of one's own for as long as the block runs; waits for a free slot, first come, first served.
+
+        Args:
+            alone: in a new worker, which nobody else uses and which ends with the session, one such session at a time.
+                A task that kills its worker then takes no other episode with it.
 
         Raises:
             EnvironmentFailure: no environment could be made, or the pool is closed.
             ValueError: the environment refused its settings, or misses something on this machine.
         """
-        async with self._free:
+        async with self._alone if alone else self._free:
             if self._closed:
                 raise EnvironmentFailure("The pool is closed.")
-            worker = self._pick()
+            worker = _Worker(self._greeting, 1) if alone else self._pick()
             slot = worker.free.pop()
             try:
                 await worker.call(slot, "open", (), STARTUP_SECONDS)
                 yield Session(worker, slot, self._timeout)
             finally:
                 worker.free.append(slot)
+                if alone:
+                    await worker.close()
 
     def _pick(self) -> "_Worker":
         """The worker with the most free slots; a dead one is replaced first."""

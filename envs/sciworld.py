@@ -447,8 +447,6 @@ class ScienceWorld(TextEnv):
 
     name = "sciworld"
     Settings = Settings
-    instruction = INSTRUCTION
-    example = EXAMPLE
 
     def __init__(self, settings: _Settings | None = None) -> None:
         self._settings = settings or _Settings()
@@ -553,6 +551,16 @@ class ScienceWorld(TextEnv):
         return steps, info
 
     @classmethod
+    def instruction(cls, settings: Any) -> str:
+        """See `TextEnv`."""
+        return INSTRUCTION
+
+    @classmethod
+    def example(cls, settings: Any) -> list[tuple[str, str]]:
+        """See `TextEnv`."""
+        return EXAMPLE
+
+    @classmethod
     def kind(cls, task: str) -> str:
         """The kind of a task (`sciworld:boil:3` -> `boil`)."""
         return task.split(":")[1]
@@ -570,10 +578,16 @@ class ScienceWorld(TextEnv):
         return found
 
     @classmethod
-    def unknown_verb(cls, action: str) -> str | None:
-        """The first word of an action that does not begin as the simulator's grammar has it, or None."""
+    def official_turn(cls, action: str, observation: str, settings: Any) -> tuple[str, str]:
+        """Both as they are.
+
+        Raises:
+            ValueError: the action does not begin as the simulator's grammar has it.
+        """
         verb = next(iter(action.lower().split()), "")
-        return None if not verb or verb in VERBS or verb.isdigit() else verb
+        if verb and verb not in VERBS and not verb.isdigit():
+            raise ValueError(f"{cls.name} knows no action {action!r} (verb {verb!r})")
+        return action, observation
 
     @classmethod
     def official_id(cls, item: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +95,7 @@ def pad(sides: Sequence[Side]) -> dict[str, Tensor]:
     }
 
 
-def order_examples(lengths: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[int]:
+def order_examples(lengths: Sequence[int], batch_size: int, epochs: float | Fraction, seed: int) -> list[int]:
     """Which example stands at each place of a whole run.
 
     An epoch is a random permutation cut into optimizer steps. Within a step the longest example comes first, so that a
@@ -129,7 +130,7 @@ class Run(Dataset[Placed]):
         items: Sequence[int],
         *,
         batch_size: int,
-        epochs: float,
+        epochs: float | Fraction,
         seed: int,
     ) -> None:
         self.examples = examples

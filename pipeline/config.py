@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from envs.alfworld import Settings as AlfWorldSettings
 from envs.sciworld import Settings as ScienceWorldSettings
 from pipeline.engines import EngineSettings
 from pipeline.methods import Discount
@@ -44,11 +45,15 @@ class EnvConfig(Section):
     """Environments. On the command line `env=NAME[,NAME]` picks them and `env.NAME.key=value` sets one up."""
 
     names: Annotated[
-        list[Literal["sciworld"]], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)
+        list[Literal["alfworld", "sciworld"]],
+        BeforeValidator(_comma_list),
+        Field(min_length=1),
+        AfterValidator(_distinct),
     ] = ["sciworld"]
     """The environments of the run, one after the other."""
     example: bool = True
     """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
+    alfworld: AlfWorldSettings = AlfWorldSettings()
     sciworld: ScienceWorldSettings = ScienceWorldSettings()
 
     @model_validator(mode="before")
@@ -119,6 +124,8 @@ class TrainingConfig(Section):
     """Examples in one forward pass on one device; accumulation makes up the rest of `batch_size`."""
     epochs: float = Field(3, gt=0)
     """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all, however many passes that makes. Empty: `epochs` decides."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of all steps that the learning rate rises over."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "constant_with_warmup"

@@ -1,12 +1,14 @@
 """Tool `doctor`: what works on this machine, and the one command that mends what does not."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         "vLLM": _vllm,
         "Java": _java,
         "ScienceWorld": _scienceworld,
+        "ALFWorld": _alfworld,
         "disk": _disk,
     }
 
@@ -113,6 +116,15 @@ def _scienceworld() -> str:
     except ValueError as error:
         raise Ailment(str(error), "apt-get install default-jre-headless") from None
     return "starts, loads a task and answers"
+
+
+def _alfworld() -> str:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        from envs.alfworld import AlfWorld, Settings
+
+        with AlfWorld(Settings(train_games=1, seen_games=1, unseen_games=1)) as env:
+            env.reset(options={"task": env.tasks("train")[0]})
+    return "makes a game, loads it and answers"
 
 
 def _disk() -> str:

@@ -11,13 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import envs
 from pipeline import jobs, react, runs
 from pipeline.config import Config
 from pipeline.play import Episode, ExpertPlayer, play_episodes
 from pipeline.records import EpisodeStatus, JsonlAppender, ShareGpt, Trajectory, Turn, read_jsonl, write_jsonl
+from pipeline.replay import replayed
 
 REPLAYS = "replays.jsonl"
 
@@ -29,6 +30,7 @@ def main(config: Config) -> None:
         env = envs.load(name)
         if source and not source.is_file():
             raise ValueError(f"experts.source: {source} is no file.")
+        section = jobs.section(config, env)
         settings = runs.settings_of(config.experts, env=jobs.env_settings(config, env, "train"))
         for seed in config.seed:
             folder = runs.seed_folder(config, name, seed) / "experts"
@@ -37,8 +39,9 @@ def main(config: Config) -> None:
                 if stage.done:
                     continue
                 if source:
-                    published = read_official(env, source, thoughts=config.experts.thoughts)
+                    published, translated = read_official(env, section, source, thoughts=config.experts.thoughts)
                     trajectories, facts = asyncio.run(keep_training_tasks(config, env, published))
+                    facts["translated_actions"] = translated
                 else:
                     trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
                 if not trajectories:
@@ -58,13 +61,12 @@ async def solve(
     job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env)
-        replayed, half_written = read_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
-        done = {one.id for one in replayed}
+        earlier, half_written = read_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
+        done = {one.id for one in earlier}
         episodes = [Episode(task=task, split="train", policy="expert", seed=seed) for task in tasks if task not in done]
         with JsonlAppender(replays) as appender:
             await play_episodes(
                 pool,
-                env,
                 episodes,
                 lambda _: ExpertPlayer(thoughts=config.experts.thoughts),
                 config.play,
@@ -89,31 +91,45 @@ async def keep_training_tasks(
 ) -> tuple[list[Trajectory], dict[str, Any]]:
     """Published trajectories of training tasks alone; the published lists overlap with the tasks of the other splits.
 
+    Those that are kept are replayed. Where the environment answers otherwise than it did when they were recorded they
+    are kept as they were published, and the manifest names them.
+
     Returns:
         The trajectories that are kept, and what the manifest says of the rest.
     """
-    async with jobs.open_pool(config, env) as pool, pool.session() as session:
-        split_of = {task: split for split in envs.SPLITS for task in await session.call("tasks", split)}
-    kept = [one for one in published if split_of.get(one.id) == "train"]
+    async with jobs.open_pool(config, env) as pool:
+        async with pool.session() as session:
+            split_of = {task: split for split in envs.SPLITS for task in await session.call("tasks", split)}
+        kept = [one for one in published if split_of.get(one.id) == "train"]
+        differences = await replayed(pool, kept, rewards=False)
     others = [one.id for one in published if split_of.get(one.id) != "train"]
     reasons = Counter(f"in the {split_of[one]} split" if one in split_of else "in no split" for one in others)
-    return kept, {"dropped": dict(reasons), "dropped_ids": others}
+    return kept, {
+        "dropped": dict(reasons),
+        "dropped_ids": others,
+        "replays_that_differ": [one.id for one, difference in zip(kept, differences, strict=True) if difference],
+    }
 
 
-def read_official(env: type[envs.TextEnv], path: Path, *, thoughts: bool = True) -> list[Trajectory]:
+def read_official(
+    env: type[envs.TextEnv], settings: BaseModel, path: Path, *, thoughts: bool = True
+) -> tuple[list[Trajectory], int]:
     """Read expert data as published with ETO: a JSON list of ShareGPT conversations, or the same as JSON lines.
 
     The instruction is replaced by the environment's own, which is what rollouts carry; ids become content ids.
+
+    Returns:
+        The trajectories, and how many actions were translated into the grammar of the environment's settings.
 
     Raises:
         ValueError: an item that is no conversation of the expected form, or whose actions are not of the environment's
             grammar; names the item.
     """
-    items = _items(path)
-    return [
-        _official_trajectory(env, item, f"{path}, item {number}", thoughts=thoughts)
-        for number, item in enumerate(items, 1)
+    found = [
+        _official_trajectory(env, settings, item, f"{path}, item {number}", thoughts=thoughts)
+        for number, item in enumerate(_items(path), 1)
     ]
+    return [one for one, _ in found], sum(translated for _, translated in found)
 
 
 def _items(path: Path) -> list[ShareGpt]:
@@ -132,8 +148,10 @@ def _items(path: Path) -> list[ShareGpt]:
         raise ValueError(f"{path}{item}: not a ShareGPT conversation{where}: {first['msg']}.") from None
 
 
-def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str, *, thoughts: bool) -> Trajectory:
-    """One published conversation: instruction, OK, task, then reply and observation in turn."""
+def _official_trajectory(
+    env: type[envs.TextEnv], settings: BaseModel, item: ShareGpt, where: str, *, thoughts: bool
+) -> tuple[Trajectory, int]:
+    """One published conversation: instruction, OK, task, then reply and observation in turn; what was translated."""
     speakers = [line.speaker for line in item.conversations]
     if (
         speakers[:3] != ["human", "gpt", "human"]
@@ -147,15 +165,16 @@ def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str, *,
     replies, answers = values[3::2], [value.removeprefix("Observation: ") for value in values[4::2]]
     answers += [""] * (len(replies) - len(answers))
     reward = 1.0 if item.reward is None else item.reward
-    turns = [_official_turn(env, text, answer, where) for text, answer in zip(replies, answers, strict=True)]
+    turns = [_official_turn(env, settings, *pair, where) for pair in zip(replies, answers, strict=True)]
+    translated = sum(react.action_of(text) != turn.action for text, turn in zip(replies, turns, strict=True))
     for turn in turns if not thoughts else ():
         turn.text = react.reply("", turn.action)
     turns[-1].reward = reward
-    messages = react.prompt(env, env.official_task(values[2]), example=False)
+    messages = react.prompt(env, settings, env.official_task(values[2]), example=False)
     prompt_length = len(messages)
     for turn in turns:
         messages += [react.assistant(turn.text), react.observation(turn.observation)]
-    return Trajectory(
+    trajectory = Trajectory(
         id=env.official_id(item.model_dump()),
         env=env.name,
         split="train",
@@ -168,16 +187,20 @@ def _official_trajectory(env: type[envs.TextEnv], item: ShareGpt, where: str, *,
         success=reward == 1.0,
         status=EpisodeStatus.COMPLETED,
     )
+    return trajectory, translated
 
 
-def _official_turn(env: type[envs.TextEnv], text: str, answer: str, where: str) -> Turn:
+def _official_turn(env: type[envs.TextEnv], settings: BaseModel, text: str, answer: str, where: str) -> Turn:
     action = react.action_of(text)
     if action == envs.MALFORMED:
         raise ValueError(f"{where}: a reply without an `Action:` line: {json.dumps(text[:80])}.")
-    verb = env.unknown_verb(action)
-    if verb is not None:
+    try:
+        command, answer = env.official_turn(action, answer, settings)
+    except ValueError as error:
         raise ValueError(
-            f"{where}: {env.name} knows no action {json.dumps(action)} (verb {verb!r}); the data are of another "
-            "version of the environment's grammar, and a policy trained on them would score 0."
-        )
-    return Turn(text=text, action=action, observation=answer, reward=0.0, valid=True)
+            f"{where}: {error}. The data are of another version of the environment's grammar, and a policy trained on "
+            "them would score 0."
+        ) from None
+    if command != action:
+        text = text.replace(f"Action: {action}", f"Action: {command}")
+    return Turn(text=text, action=command, observation=answer, reward=0.0, valid=True)

@@ -71,18 +71,24 @@ def settings(config: Config, job: Job) -> dict[str, Any]:
     )
 
 
+def section(config: Config, env: type[envs.TextEnv]) -> BaseModel:
+    """The settings of one environment."""
+    found: BaseModel = getattr(config.env, env.name)
+    return found
+
+
 def env_settings(config: Config, env: type[envs.TextEnv], split: str) -> dict[str, Any]:
     """What the episodes of a split depend on of their environment: settings, version and data."""
-    section: BaseModel = getattr(config.env, env.name)
-    return env.relevant(section, split) | {"fingerprint": env.fingerprint(section)}
+    settings = section(config, env)
+    return env.relevant(settings, split) | {"fingerprint": env.fingerprint(settings)}
 
 
 def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
-    """The workers of an environment."""
+    """The workers of an environment, once it has what it needs."""
     workers = config.workers
-    return EnvPool(
-        env, getattr(config.env, env.name), workers=workers.processes, slots=workers.slots, timeout=workers.timeout
-    )
+    settings = section(config, env)
+    env.prepare(settings, workers.processes)
+    return EnvPool(env, settings, workers=workers.processes, slots=workers.slots, timeout=workers.timeout)
 
 
 def evaluation(config: Config, env: str, seed: int, policy: str) -> list[Job]:
@@ -198,7 +204,6 @@ async def _play_job(
     with JsonlAppender(path) as appender:
         await play_episodes(
             pool,
-            env,
             episodes,
             lambda _: make_player(job),
             config.play,
@@ -220,12 +225,14 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> list
     """The tasks of a job, in a fixed order.
 
     Raises:
-        ValueError: the splits of the environment share a task.
+        ValueError: the splits of the environment share a task, or the job's has none.
     """
     async with pool.session() as session:
         splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
     check_disjoint(splits)
     tasks = splits[job.split]
+    if not tasks:
+        raise ValueError(f"{job.env} has no tasks in the split {job.split}; is a part of its data missing?")
     if job.only:
         wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)[0]}
         tasks = [task for task in tasks if task in wanted]

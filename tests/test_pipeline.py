@@ -54,6 +54,26 @@ def seed_folder(folder, run="smoke"):
     return folder / "runs" / run / "sciworld" / "seed0"
 
 
+def test_alfworld_goes_the_same_way(finished):
+    """Games generated, checked, solved, learned, explored, paired, trained on and evaluated."""
+    folder, _ = finished
+    for stage in STAGES:
+        printed = run(folder, stage, "env=alfworld", "run=household", "sft.epochs=10", "train.epochs=1")
+    table = rewards(folder, "household")
+    assert {(row["env"], row["method"], row["split"]) for row in table} == {
+        ("alfworld", method, split) for method in ("random", "expert", "sft", "dmpo") for split in ("seen", "unseen")
+    }
+    assert all(row["n"] == "3" for row in table)
+    assert all(float(row["reward"]) == 0 for row in table if row["method"] == "random")
+    assert "alfworld" in printed
+    experts, _ = read_jsonl(folder / "runs/household/alfworld/seed0/experts/episodes.jsonl", Trajectory)
+    assert experts
+    assert all(one.success and len(one.turns) <= 40 and one.note is None for one in experts)
+    manifest = json.loads((folder / "runs/household/alfworld/seed0/experts/manifest.json").read_text())
+    assert manifest["packages"]["textworld"] == "1.7.0"
+    assert "generated" in json.dumps(manifest["settings"])
+
+
 def test_the_run_ends_in_a_table_a_csv_and_a_page(finished):
     folder, printed = finished
     table = rewards(folder)

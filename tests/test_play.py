@@ -33,7 +33,7 @@ async def play(tmp_path, make_player, tasks=("toy:train:2",), *, example=False, 
     async with EnvPool(ToyEnv, Settings(), workers=1, slots=slots, timeout=timeout) as pool:
         with JsonlAppender(path) as appender:
             await play_episodes(
-                pool, ToyEnv, episodes, make_player, rules or PlayConfig(max_tokens=40), appender,
+                pool, episodes, make_player, rules or PlayConfig(max_tokens=40), appender,
                 example=example, label="toy",
             )  # fmt: skip
     return read_jsonl(path, Trajectory)[0]
@@ -115,7 +115,7 @@ async def test_an_unknown_action_is_answered_and_counted_as_invalid(tmp_path, re
 
 
 async def test_a_full_context_ends_the_episode_before_a_cut_reply(tmp_path, renderer):
-    prompt = len(renderer.prompt_ids(react.prompt(ToyEnv, "Count to 3.", example=False)))
+    prompt = len(renderer.prompt_ids(react.prompt(ToyEnv, Settings(), "Count to 3.", example=False)))
     make = scripted(renderer, ["Action: up"] * 3, max_length=prompt + 60)
     (one,) = await play(tmp_path, make)
     assert one.status == EpisodeStatus.CONTEXT_FULL
@@ -151,6 +151,22 @@ async def test_a_worker_that_dies_under_one_episode_does_not_lose_the_others(tmp
     found = await play(tmp_path, make, tasks=tasks)
     assert sorted(one.id for one in found) == sorted(tasks)
     assert all(one.success for one in found)
+
+
+async def test_an_episode_that_always_crashes_its_worker_takes_no_other_with_it(tmp_path, renderer):
+    """It dies in native code on both attempts; the episodes beside it end as they would, each counted once."""
+
+    def make(episode):
+        replies = ["Action: segfault"] if episode.task == "toy:train:2" else ["Action: sleep 0.3", *["Action: up"] * 3]
+        return scripted(renderer, replies)(episode)
+
+    tasks = [f"toy:{split}:{number}" for split in ("train", "seen") for number in range(3)]
+    found = await play(tmp_path, make, tasks=tasks)
+    assert sorted(one.id for one in found) == sorted(tasks)
+    (crashed,) = [one for one in found if one.status == EpisodeStatus.ENV_ERROR]
+    assert crashed.id == "toy:train:2"
+    assert "signal 11" in crashed.note
+    assert all(one.success for one in found if one is not crashed)
 
 
 async def test_a_full_disk_is_raised_as_it_is(tmp_path, renderer, monkeypatch):

@@ -55,12 +55,6 @@ async def test_plays_episodes_and_reuses_workers():
             assert len(await env.call("tasks", "train")) == 7
 
 
-@pytest.mark.parametrize("env", [ToyEnv, "tests.toy_env:ToyEnv"])
-async def test_takes_a_class_or_its_path(env):
-    async with EnvPool(env) as pool, pool.session() as session:
-        assert await session.reset(TASK)
-
-
 def test_refuses_nonsense():
     with pytest.raises(ValueError, match="Unknown environment"):
         EnvPool("chess")
@@ -172,6 +166,22 @@ async def test_a_worker_that_dies_is_replaced():
             assert (await two.reset(TASK))[0]
 
 
+async def test_a_session_alone_has_a_worker_of_its_own_that_ends_with_it():
+    async with EnvPool(ToyEnv, slots=2, timeout=20) as pool:
+        async with pool.session() as beside:
+            await beside.reset(TASK)
+            async with pool.session(alone=True) as alone:
+                await alone.reset(TASK)
+                pid = await alone.call("pid")
+                assert pid != await beside.call("pid")
+                with pytest.raises(EnvironmentFailure, match="signal 11"):
+                    await alone.step("segfault")
+            assert (await beside.step("up"))[0] == "1"
+        async with pool.session(alone=True) as alone:
+            pid = await alone.call("pid")
+        wait_gone([pid])
+
+
 async def test_a_killed_worker_is_named_by_its_signal():
     async with EnvPool(ToyEnv) as pool, pool.session() as env:
         await env.reset(TASK)
@@ -244,7 +254,7 @@ async def test_an_error_in_the_block_closes_the_pool():
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_nothing_outlives_a_killed_parent(tmp_path, busy):
-    wait_gone(killed_parent(tmp_path, ToyEnv.__module__ + ":ToyEnv", "Settings(child=True)", TASK, busy=busy))
+    wait_gone(killed_parent(tmp_path, "tests.toy_env:ToyEnv", "Settings(child=True)", TASK, busy=busy))
 
 
 def killed_parent(tmp_path: Path, env: str, settings: str, task: str, *, busy: bool) -> list[int]:
@@ -254,10 +264,10 @@ def killed_parent(tmp_path: Path, env: str, settings: str, task: str, *, busy: b
         textwrap.dedent(f"""
         import asyncio
         from envs.pool import EnvPool
-        from {env.split(":")[0]} import Settings
+        from {env.split(":")[0]} import {env.split(":")[1]}, Settings
 
         async def main():
-            async with EnvPool({env!r}, {settings}, workers=2, slots=2) as pool:
+            async with EnvPool({env.split(":")[1]}, {settings}, workers=2, slots=2) as pool:
                 async with pool.session() as one, pool.session() as two:
                     await one.reset({task!r})
                     await two.reset({task!r})

@@ -30,9 +30,15 @@ def test_a_reply_reads_back():
 
 def test_zero_shot_drops_the_worked_example_alone():
     class Env:
-        instruction = "rules"
-        example = (("task A", "Action: a"), ("Observation: x", "Action: b"))
+        @staticmethod
+        def instruction(settings):
+            return f"rules of {settings}"
 
-    with_example = react.prompt(Env, "task B", example=True)
+        @staticmethod
+        def example(settings):
+            return [("task A", "Action: a"), ("Observation: x", "Action: b")]
+
+    with_example = react.prompt(Env, "chess", "task B", example=True)
+    assert with_example[0]["content"] == "rules of chess"
     assert [message["role"] for message in with_example] == ["user", "assistant"] * 3 + ["user"]
-    assert react.zero_shot(with_example) == react.prompt(Env, "task B", example=False)
+    assert react.zero_shot(with_example) == react.prompt(Env, "chess", "task B", example=False)

@@ -121,10 +121,10 @@ class TestWithoutJava:
         )
 
     def test_verbs(self):
-        assert ScienceWorld.unknown_verb("put apple in oven") is None
-        assert ScienceWorld.unknown_verb("Turn on stove") is None
-        assert ScienceWorld.unknown_verb("12") is None
-        assert ScienceWorld.unknown_verb("heat apple with oven") == "heat"
+        for known in ("put apple in oven", "Turn on stove", "12"):
+            assert ScienceWorld.official_turn(known, "so", Settings()) == (known, "so")
+        with pytest.raises(ValueError, match=r"no action 'heat apple with oven' \(verb 'heat'\)"):
+            ScienceWorld.official_turn("heat apple with oven", "so", Settings())
 
     def test_room_walks_go_through_doors_to_every_room(self):
         for start, walk in _room_walks().items():

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_every_epoch_sees_every_example_once():
 def test_an_epoch_may_end_after_any_step():
     whole = order_examples([1] * 10, batch_size=2, epochs=2, seed=0)
     assert order_examples([1] * 10, batch_size=2, epochs=1.5, seed=0) == whole[: 8 * 2]
+    for steps in range(1, 11):
+        assert len(order_examples([1] * 10, batch_size=2, epochs=Fraction(steps, 5), seed=0)) == steps * 2
 
 
 def test_a_step_starts_with_its_longest_example():

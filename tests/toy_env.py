@@ -1,5 +1,6 @@
 """A tiny text environment that obeys, and on command crashes, hangs, raises or prints."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -28,8 +29,6 @@ class ToyEnv(TextEnv):
 
     name = "toy"
     Settings = Settings
-    instruction = "Count. Actions: up, down."
-    example = [("Count to 1.", "Action: up")]  # noqa: RUF012
 
     def __init__(self, settings: Any = None) -> None:
         self._settings = settings or Settings()
@@ -66,6 +65,8 @@ class ToyEnv(TextEnv):
         match verb:
             case "exit":
                 os._exit(int(argument))
+            case "segfault":
+                ctypes.string_at(0)
             case "sleep":
                 time.sleep(float(argument))
             case "value":
@@ -111,9 +112,18 @@ class ToyEnv(TextEnv):
         return f"toy {settings.variations}"
 
     @classmethod
-    def unknown_verb(cls, action: str) -> str | None:
-        verb = action.split()[0]
-        return None if verb in ("up", "down") else verb
+    def instruction(cls, settings: Any) -> str:
+        return "Count. Actions: up, down."
+
+    @classmethod
+    def example(cls, settings: Any) -> list[tuple[str, str]]:
+        return [("Count to 1.", "Action: up")]
+
+    @classmethod
+    def official_turn(cls, action: str, observation: str, settings: Any) -> tuple[str, str]:
+        if action.split()[0] not in ("up", "down"):
+            raise ValueError(f"toy knows no action {action!r} (verb {action.split()[0]!r})")
+        return action, observation
 
     @classmethod
     def official_id(cls, item: dict[str, Any]) -> str:
