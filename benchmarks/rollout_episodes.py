@@ -62,7 +62,7 @@ async def play(config: Config, engine: Engine, renderer: Renderer, tasks: list[s
     env = envs.load("sciworld")
     recorder = Recorder(engine)
     workers = min(2, at_once)
-    episodes = [Episode(task=task, split="seen", policy="sft", seed=0, sample=sample) for task in tasks]
+    episodes = [Episode(task=task, kind="", split="seen", policy="sft", seed=0, sample=sample) for task in tasks]
     async with EnvPool(env, config.env.sciworld, workers=workers, slots=at_once // workers) as pool:
         async with contextlib.AsyncExitStack() as stack:  # start the simulators before the clock
             for _ in range(at_once):

@@ -2,6 +2,7 @@
 
     sciworld   ScienceWorld, the unmodified simulator, one server object an environment
     alfworld   ALFWorld on TextWorld's engine, with games of our own or the official ones
+    webshop    WebShop without Java, Flask's server or spaCy, with a catalogue of our own or the official files
     pool       worker processes that host environments and are asked from asyncio
 
 An environment is one module or package with one subclass of `TextEnv`; `load` names it.
@@ -63,6 +64,8 @@ class TextEnv(gymnasium.Env[str, str]):
     """Name of the environment in ids and on the command line."""
     Settings: ClassVar[type[BaseModel]]
     """The `env.<name>` section of a recipe."""
+    completed: ClassVar[str] = ""
+    """What it means that an episode is over before its limit, if tables should tell that share beside the success."""
 
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:  # type: ignore[override]
@@ -95,6 +98,10 @@ class TextEnv(gymnasium.Env[str, str]):
             NoSolutionError: the environment knows no solution; says why.
         """
 
+    @abstractmethod
+    def kind(self, task: str) -> str:
+        """The kind of a task, which tables are broken down by (`sciworld:boil:3` -> `boil`)."""
+
     @classmethod
     def prepare(cls, settings: Any, processes: int) -> None:
         """Make what the environment needs on this machine and does not ship; fast when it is there.
@@ -119,13 +126,13 @@ class TextEnv(gymnasium.Env[str, str]):
 
     @classmethod
     @abstractmethod
-    def kind(cls, task: str) -> str:
-        """The kind of a task, which tables are broken down by (`sciworld:boil:3` -> `boil`)."""
-
-    @classmethod
-    @abstractmethod
     def fingerprint(cls, settings: Any) -> str:
         """What the episodes depend on besides the task: package version and data, hashed. Fast: starts nothing."""
+
+    @classmethod
+    def notes(cls, settings: Any) -> list[str]:
+        """What a reader of the report should know of this environment beyond its settings, in sentences."""
+        return []
 
     @classmethod
     def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
@@ -144,7 +151,7 @@ class TextEnv(gymnasium.Env[str, str]):
 
     @classmethod
     @abstractmethod
-    def official_id(cls, item: dict[str, Any]) -> str:
+    def official_id(cls, item: dict[str, Any], settings: Any) -> str:
         """The content id of a trajectory published with ETO, from the item's fields (`id`, `game_file`, ...).
 
         Raises:
@@ -163,7 +170,7 @@ def load(name: str) -> type[TextEnv]:
     Raises:
         ValueError: unknown name.
     """
-    modules = {"alfworld": "AlfWorld", "sciworld": "ScienceWorld"}
+    modules = {"alfworld": "AlfWorld", "sciworld": "ScienceWorld", "webshop": "WebShop"}
     if name not in modules:
         raise ValueError(f"Unknown environment {name!r}; known: {', '.join(sorted(modules))}.")
     env: type[TextEnv] = getattr(importlib.import_module(f"envs.{name}"), modules[name])

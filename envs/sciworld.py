@@ -590,7 +590,7 @@ class ScienceWorld(TextEnv):
         return action, observation
 
     @classmethod
-    def official_id(cls, item: dict[str, Any]) -> str:
+    def official_id(cls, item: dict[str, Any], settings: Any) -> str:
         """`4_17` of the published trajectories is variation 17 of task 4 of `OFFICIAL_TASKS`.
 
         Raises:

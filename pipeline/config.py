@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from envs.alfworld import Settings as AlfWorldSettings
 from envs.sciworld import Settings as ScienceWorldSettings
+from envs.webshop.settings import Settings as WebShopSettings
 from pipeline.engines import EngineSettings
 from pipeline.methods import Discount
 
@@ -45,7 +46,7 @@ class EnvConfig(Section):
     """Environments. On the command line `env=NAME[,NAME]` picks them and `env.NAME.key=value` sets one up."""
 
     names: Annotated[
-        list[Literal["alfworld", "sciworld"]],
+        list[Literal["alfworld", "sciworld", "webshop"]],
         BeforeValidator(_comma_list),
         Field(min_length=1),
         AfterValidator(_distinct),
@@ -55,6 +56,7 @@ class EnvConfig(Section):
     """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
     alfworld: AlfWorldSettings = AlfWorldSettings()
     sciworld: ScienceWorldSettings = ScienceWorldSettings()
+    webshop: WebShopSettings = WebShopSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -54,6 +54,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         "Java": _java,
         "ScienceWorld": _scienceworld,
         "ALFWorld": _alfworld,
+        "WebShop": _webshop,
         "disk": _disk,
     }
 
@@ -125,6 +126,17 @@ def _alfworld() -> str:
         with AlfWorld(Settings(train_games=1, seen_games=1, unseen_games=1)) as env:
             env.reset(options={"task": env.tasks("train")[0]})
     return "makes a game, loads it and answers"
+
+
+def _webshop() -> str:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        from envs.webshop import Settings, WebShop
+        from envs.webshop.reward import tagger
+
+        with WebShop(Settings(products=100)) as env:
+            env.reset(options={"task": env.tasks("train")[0]})
+            env.step("search[lamp]")
+        return f"makes a catalogue, searches and answers; nouns by {tagger()}"
 
 
 def _disk() -> str:

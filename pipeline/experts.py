@@ -7,6 +7,7 @@ comes from a simulator that is not deterministic: the trajectory is kept as it w
 
 import asyncio
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def main(config: Config) -> None:
                 if not trajectories:
                     raise ValueError(f"{name}: no expert trajectory reaches the full reward: {facts}.")
                 write_jsonl(folder / jobs.EPISODES, trajectories)
-                stage.facts.update(facts | jobs.summary(trajectories))
+                stage.facts.update(facts | jobs.summary(trajectories) | {"notes": env.notes(section)})
 
 
 async def solve(
@@ -63,7 +64,11 @@ async def solve(
         tasks = await jobs.chosen_tasks(job, pool, env)
         earlier, half_written = read_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
         done = {one.id for one in earlier}
-        episodes = [Episode(task=task, split="train", policy="expert", seed=seed) for task in tasks if task not in done]
+        episodes = [
+            Episode(task=task, kind=kind, split="train", policy="expert", seed=seed)
+            for task, kind in tasks.items()
+            if task not in done
+        ]
         with JsonlAppender(replays) as appender:
             await play_episodes(
                 pool,
@@ -100,7 +105,9 @@ async def keep_training_tasks(
     async with jobs.open_pool(config, env) as pool:
         async with pool.session() as session:
             split_of = {task: split for split in envs.SPLITS for task in await session.call("tasks", split)}
-        kept = [one for one in published if split_of.get(one.id) == "train"]
+            kept = [one for one in published if split_of.get(one.id) == "train"]
+            for one in kept:
+                one.kind = await session.call("kind", one.id)
         differences = await replayed(pool, kept, rewards=False)
     others = [one.id for one in published if split_of.get(one.id) != "train"]
     reasons = Counter(f"in the {split_of[one]} split" if one in split_of else "in no split" for one in others)
@@ -162,7 +169,7 @@ def _official_trajectory(
             f"{where}: the speakers must be human and gpt in turn: instruction, OK, task, then replies and answers."
         )
     values = [line.value for line in item.conversations]
-    replies, answers = values[3::2], [value.removeprefix("Observation: ") for value in values[4::2]]
+    replies, answers = values[3::2], [re.sub(r"^Observation:\s", "", value) for value in values[4::2]]
     answers += [""] * (len(replies) - len(answers))
     reward = 1.0 if item.reward is None else item.reward
     turns = [_official_turn(env, settings, *pair, where) for pair in zip(replies, answers, strict=True)]
@@ -175,7 +182,7 @@ def _official_trajectory(
     for turn in turns:
         messages += [react.assistant(turn.text), react.observation(turn.observation)]
     trajectory = Trajectory(
-        id=env.official_id(item.model_dump()),
+        id=env.official_id(item.model_dump(by_alias=True), settings),
         env=env.name,
         split="train",
         policy="expert",

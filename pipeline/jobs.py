@@ -196,8 +196,8 @@ async def _play_job(
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
     tasks = await chosen_tasks(job, pool, env)
     episodes = [
-        Episode(task=task, split=job.split, policy=job.policy, seed=job.seed, sample=sample)
-        for task in tasks
+        Episode(task=task, kind=kind, split=job.split, policy=job.policy, seed=job.seed, sample=sample)
+        for task, kind in tasks.items()
         for sample in range(job.samples)
         if (task, sample) not in have
     ]
@@ -221,14 +221,15 @@ async def _play_job(
     }
 
 
-async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> list[str]:
-    """The tasks of a job, in a fixed order.
+async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> dict[str, str]:
+    """The tasks of a job with their kinds, in a fixed order.
 
     Raises:
         ValueError: the splits of the environment share a task, or the job's has none.
     """
     async with pool.session() as session:
         splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
+        kinds = {task: await session.call("kind", task) for task in splits[job.split]}
     check_disjoint(splits)
     tasks = splits[job.split]
     if not tasks:
@@ -239,8 +240,9 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> list
         if job.limit is not None:
             drawn = set(random.Random(job.seed).sample(tasks, min(job.limit, len(tasks))))
             tasks = [task for task in tasks if task in drawn]
-        return tasks
-    return spread(tasks, job.limit, env.kind)
+    else:
+        tasks = spread(tasks, job.limit, kinds.__getitem__)
+    return {task: kinds[task] for task in tasks}
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> None:

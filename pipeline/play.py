@@ -32,6 +32,8 @@ class Episode:
 
     task: str
     """Content id."""
+    kind: str
+    """The kind of the task."""
     split: str
     policy: str
     """Name of who plays, for the record."""
@@ -219,6 +221,7 @@ async def play_episode(
         id=episode.task,
         env=pool.env.name,
         split=episode.split,
+        kind=episode.kind,
         policy=episode.policy,
         seed=episode.seed,
         sample=episode.sample,
@@ -283,6 +286,7 @@ def _failed(env_class: type[envs.TextEnv], episode: Episode, failure: Exception)
         id=episode.task,
         env=env_class.name,
         split=episode.split,
+        kind=episode.kind,
         policy=episode.policy,
         seed=episode.seed,
         sample=episode.sample,

@@ -82,6 +82,8 @@ class Trajectory:
     """Content id of the task, such as `sciworld:boil:3`."""
     env: str
     split: str
+    kind: str = ""
+    """The kind of the task, which tables are broken down by."""
     policy: str
     """Who played: `expert`, `random`, `sft`, or a method's name."""
     seed: int

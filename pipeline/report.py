@@ -105,19 +105,16 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     import envs
     from pipeline import figures, statistics, viewer
 
-    kind_of: dict[str, Callable[[str], str]] = {env: envs.load(env).kind for env in config.env.names}
     played = _episodes(stages)
     evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
-
-    def kind(episode: Trajectory) -> str:
-        return kind_of[episode.env](episode.id)
-
     by_seed = write_rewards(config, evaluated)
     tables = {
-        "rewards": _rows(statistics.summary(evaluated)),
-        "kinds": _rows(statistics.summary(evaluated, kind)),
+        "rewards": [
+            row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(evaluated))
+        ],
+        "kinds": _rows(statistics.summary(evaluated, by_kind=True)),
         "paired": _rows(statistics.paired(evaluated, ["random", *config.method], "sft")),
         "statuses": _rows(statistics.statuses(evaluated)),
     }
@@ -137,7 +134,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     pairs = {
         (one.env, one.seed): read_jsonl(one.folder / "pairs.jsonl", Pair)[0] for one in stages if one.name == "pairs"
     }
-    content = viewer.content(config, played, pairs, kind_of)
+    content = viewer.content(config, played, pairs)
     with atomic_write(config.folder / "report.html") as file:
         file.write(page(config, stages, tables, drawn, content))
     return tables
@@ -145,13 +142,11 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
 
 def write_rewards(config: Config, evaluated: Sequence[Trajectory]) -> "pd.DataFrame":
     """Write rewards.csv and rewards_by_kind.csv of evaluated episodes; returns the first."""
-    import envs
     from pipeline import statistics
 
     by_seed = statistics.rewards_table(evaluated)
     _write_csv(config.folder / "rewards.csv", by_seed)
-    by_kind = statistics.by_kind(evaluated, lambda episode: envs.load(episode.env).kind(episode.id))
-    _write_csv(config.folder / "rewards_by_kind.csv", by_kind)
+    _write_csv(config.folder / "rewards_by_kind.csv", statistics.by_kind(evaluated))
     return by_seed
 
 
@@ -351,14 +346,10 @@ def print_tables(tables: Tables) -> None:
         tasks = ", ".join(f"{split} {n}" for split, n in {row["split"]: row["n"] for row in rewards}.items())
         seeds = max(row["seeds"] for row in rewards)
         title = f"{env}: mean reward with 95 % CI, and success ({tasks} tasks, {seeds} seed{'s' * (seeds > 1)})"
-        _print(
-            console,
-            title,
-            rewards,
-            "method",
-            "split",
-            {"": _reward_told, "success": lambda row: number(row["success"])},
-        )
+        parts: dict[str, Told] = {"": _reward_told, "success": lambda row: number(row["success"])}
+        if completed_as := rewards[0]["completed_as"]:
+            parts[completed_as] = lambda row: number(row["completed"])
+        _print(console, title, rewards, "method", "split", parts)
         _print(console, f"{env}: reward less the SFT policy's on the same tasks", paired, "method", "split", {
             "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
             "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",

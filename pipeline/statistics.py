@@ -11,7 +11,7 @@ out, since that would reward a policy for breaking its environment; `summary` an
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -44,13 +44,13 @@ def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     return _table(_frame(episodes), GROUP)[COLUMNS]
 
 
-def by_kind(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str]) -> pd.DataFrame:
+def by_kind(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     """`rewards_table` broken down by the kind of task, with a column `kind` after `seed`.
 
     Raises:
         ValueError: an attempt at a task appears twice, or has no reward.
     """
-    return _table(_frame(episodes, kind), [*GROUP, "kind"])[[*GROUP, "kind", *MEASURES]]
+    return _table(_frame(episodes), [*GROUP, "kind"])[[*GROUP, "kind", *MEASURES]]
 
 
 def statuses(episodes: Iterable[Trajectory]) -> pd.DataFrame:
@@ -64,17 +64,18 @@ def statuses(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     )
 
 
-def summary(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | None = None) -> pd.DataFrame:
+def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.DataFrame:
     """Means over seeds and tasks with their `interval`: one row for each environment, method, split (and kind).
 
     Columns: env, method, split, (kind,) seeds and n (tasks) as counts, reward, reward_low, reward_high, success,
-    success_low, success_high, steps, invalid_rate, errors (episodes that the environment broke).
+    success_low, success_high, steps, invalid_rate, completed (share of episodes that the environment ended), errors
+    (episodes that the environment broke).
 
     Raises:
         ValueError: two seeds of a method played different tasks, or as in `rewards_table`.
     """
-    frame = _frame(episodes, kind)
-    keys = ["env", "method", "split"] + (["kind"] if kind else [])
+    frame = _frame(episodes)
+    keys = ["env", "method", "split"] + (["kind"] if by_kind else [])
     rows = []
     for key, group in frame.groupby(keys, sort=False):
         scores = _matrices(group, ["reward", "success", "steps"])
@@ -84,6 +85,7 @@ def summary(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | 
         turns = group["steps"].sum()
         row["steps"] = float(scores["steps"].to_numpy().mean())
         row["invalid_rate"] = float(group["invalid"].sum() / turns) if turns else math.nan
+        row["completed"] = float(group["completed"].mean())
         rows.append(row | {"errors": int(group["error"].sum())})
     return pd.DataFrame(rows)
 
@@ -179,7 +181,7 @@ def _bootstrap(values_ST: Array, draws: int, generator: np.random.Generator) -> 
     return float(low), float(high)
 
 
-def _frame(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | None = None) -> pd.DataFrame:
+def _frame(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     """One row an episode."""
     rows = [
         {
@@ -187,18 +189,19 @@ def _frame(episodes: Iterable[Trajectory], kind: Callable[[Trajectory], str] | N
             "method": one.policy,
             "split": one.split,
             "seed": one.seed,
-            "kind": kind(one) if kind else "",
+            "kind": one.kind,
             "task": one.id,
             "sample": one.sample,
             "reward": one.reward,
             "success": float(one.success),
             "steps": len(one.turns),
             "invalid": sum(not turn.valid for turn in one.turns),
+            "completed": one.status == EpisodeStatus.COMPLETED,
             "error": one.status.is_error,
         }
         for one in episodes
     ]
-    columns = [*GROUP, "kind", "task", "sample", "reward", "success", "steps", "invalid", "error"]
+    columns = [*GROUP, "kind", "task", "sample", "reward", "success", "steps", "invalid", "completed", "error"]
     frame = pd.DataFrame(rows, columns=columns)
     twice = frame[frame.duplicated([*GROUP, "task", "sample"])]
     if len(twice):

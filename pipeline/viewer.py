@@ -22,15 +22,13 @@ def content(
     config: Config,
     episodes: Mapping[tuple[str, int, str, str], Sequence[Trajectory]],
     pairs: Mapping[tuple[str, int], Sequence[Pair]],
-    kind_of: Mapping[str, Callable[[str], str]],
 ) -> Json:
     """Everything that the viewer is told.
 
     Args:
         config: the run; its methods and gamma give the weights.
         episodes: by environment, seed, policy and split.
-        pairs: by environment and seed.
-        kind_of: the kind of a task, by environment.
+        pairs: by environment and seed, of tasks that are among the episodes.
 
     Returns:
         `items`: one for each episode or pair shown, with its one or two `sides`; `prompts`: conversations before the
@@ -38,13 +36,13 @@ def content(
         trajectory, by method and number of turns (of `permuted`, which training draws anew for every trajectory, one
         draw); `gammas`: by method, null where none is used.
     """
+    kinds = {one.id: one.kind for group in episodes.values() for one in group}
     prompts: list[list[Message]] = []
     items: list[Json] = []
     groups: list[Json] = []
 
     def add(group: Json, records: Sequence[R], sides: Callable[[R], list[Json]]) -> None:
-        kind = kind_of[group["env"]]
-        shown, seen = sample(records, kind), Counter[str]()
+        shown, seen = sample(records, kinds), Counter[str]()
         groups.append(group | {"shown": len(shown), "total": len(records)})
         for record in shown:
             attempt = seen[record.id]
@@ -55,7 +53,7 @@ def content(
                 prompts.append(before)
             items.append(
                 group
-                | {"key": key, "kind": kind(record.id), "prompt": prompts.index(before), "task": task["content"]}
+                | {"key": key, "kind": kinds[record.id], "prompt": prompts.index(before), "task": task["content"]}
                 | {"sides": sides(record)}
             )
 
@@ -80,7 +78,7 @@ def content(
     }
 
 
-def sample(records: Sequence[R], kind: Callable[[str], str], limit: int = EMBEDDED) -> list[R]:
+def sample(records: Sequence[R], kinds: Mapping[str, str], limit: int = EMBEDDED) -> list[R]:
     """At most `limit` records in their own order, taken from every kind of task in turn.
 
     Which ones depends on their ids alone: policies that played the same tasks are shown on the same tasks.
@@ -89,7 +87,7 @@ def sample(records: Sequence[R], kind: Callable[[str], str], limit: int = EMBEDD
         return list(records)
     by_kind: dict[str, list[int]] = defaultdict(list)
     for place in sorted(range(len(records)), key=lambda place: _shuffled(records[place])):
-        by_kind[kind(records[place].id)].append(place)
+        by_kind[kinds[records[place].id]].append(place)
     in_turn = [place for rank in zip_longest(*(by_kind[name] for name in sorted(by_kind))) for place in rank]
     return [records[place] for place in sorted([place for place in in_turn if place is not None][:limit])]
 

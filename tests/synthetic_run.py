@@ -75,6 +75,7 @@ def play(policy: str, split: str, seed: int, task: int) -> Trajectory:
         id=f"sciworld:{kind}:{100 * ('train', 'seen', 'unseen').index(split) + task}",
         env="sciworld",
         split=split,
+        kind=kind,
         policy=policy,
         seed=seed,
         messages=messages[:-1],

@@ -315,7 +315,7 @@ class TestOfficialData:
 
     def test_an_item_that_names_no_game_is_refused(self):
         with pytest.raises(ValueError, match="no `game_file`"):
-            AlfWorld.official_id({"id": "alfworld_7"})
+            AlfWorld.official_id({"id": "alfworld_7"}, None)
 
     def test_a_verb_of_no_dialect_is_refused(self, settings):
         with pytest.raises(ValueError, match=r"verb 'teleport'"):

@@ -48,7 +48,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
     ("overrides", "complaint"),
     [
         (["sft.epoch=1"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
-        (["env=mars"], "env.names.0: Input should be 'alfworld' or 'sciworld'"),
+        (["env=mars"], "env.names.0: Input should be 'alfworld', 'sciworld' or 'webshop'"),
         (["method=ppo"], "method.0: Input should be 'dmpo'"),
         (["train.gamma=2"], "train.gamma: Input should be less than or equal to 1 (given: 2)"),
         (["sft.batch_size=many"], "sft.batch_size: Input should be a valid integer"),

@@ -81,12 +81,12 @@ def test_a_source_that_is_not_there_or_no_json_is_one_sentence(tmp_path):
 
 
 def test_etos_numbers_of_scienceworld_tasks_become_content_ids():
-    assert ScienceWorld.official_id({"id": "0_3"}) == "sciworld:boil:3"
-    assert ScienceWorld.official_id({"id": "6_120"}) == "sciworld:use-thermometer:120"
-    assert ScienceWorld.official_id({"id": "24_1"}) == "sciworld:identify-life-stages-2:1"
+    assert ScienceWorld.official_id({"id": "0_3"}, None) == "sciworld:boil:3"
+    assert ScienceWorld.official_id({"id": "6_120"}, None) == "sciworld:use-thermometer:120"
+    assert ScienceWorld.official_id({"id": "24_1"}, None) == "sciworld:identify-life-stages-2:1"
     for strange in ("5_0", "25_1", "boil_3", None, 7):
         with pytest.raises(ValueError, match="no ScienceWorld task"):
-            ScienceWorld.official_id({"id": strange})
+            ScienceWorld.official_id({"id": strange}, None)
     assert ScienceWorld.official_task("Task Description:\nYour task is to boil water.") == "Your task is to boil water."
 
 

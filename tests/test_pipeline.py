@@ -74,6 +74,26 @@ def test_alfworld_goes_the_same_way(finished):
     assert "generated" in json.dumps(manifest["settings"])
 
 
+def test_webshop_goes_the_same_way(finished):
+    """A catalogue made, indexed, shopped in by experts, learned, explored, paired, trained on and evaluated."""
+    folder, _ = finished
+    for stage in STAGES:
+        printed = run(folder, stage, "env=webshop", "run=shop", "model.max_length=2048", "train.epochs=1")
+    table = rewards(folder, "shop")
+    assert {(row["env"], row["method"], row["split"]) for row in table} == {
+        ("webshop", method, split) for method in ("random", "expert", "sft", "dmpo") for split in ("seen", "unseen")
+    }
+    assert all(float(row["reward"]) == 1 for row in table if row["method"] == "expert")
+    assert "seen bought" in printed
+    base = folder / "runs/shop/webshop/seed0"
+    experts, _ = read_jsonl(base / "experts/episodes.jsonl", Trajectory)
+    assert len(experts) == 10
+    assert all(one.success and one.note is None and one.kind for one in experts)
+    manifest = json.loads((base / "experts/manifest.json").read_text())
+    assert "PatternTagger" in json.dumps(manifest["settings"])
+    assert "PatternTagger" in (folder / "runs/shop/report.html").read_text()
+
+
 def test_the_run_ends_in_a_table_a_csv_and_a_page(finished):
     folder, printed = finished
     table = rewards(folder)

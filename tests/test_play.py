@@ -29,7 +29,7 @@ def ids(renderer, text):
 async def play(tmp_path, make_player, tasks=("toy:train:2",), *, example=False, rules=None, slots=4, timeout=20):
     """Play and read back what was recorded."""
     path = tmp_path / "episodes.jsonl"
-    episodes = [Episode(task=task, split="train", policy="sft", seed=0) for task in tasks]
+    episodes = [Episode(task=task, kind="train", split="train", policy="sft", seed=0) for task in tasks]
     async with EnvPool(ToyEnv, Settings(), workers=1, slots=slots, timeout=timeout) as pool:
         with JsonlAppender(path) as appender:
             await play_episodes(

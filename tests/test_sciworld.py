@@ -109,12 +109,12 @@ class TestWithoutJava:
         assert all(field.description for field in Settings.model_fields.values())
 
     def test_official_ids(self):
-        assert ScienceWorld.official_id({"id": "0_3"}) == "sciworld:boil:3"
-        assert ScienceWorld.official_id({"id": "6_12"}) == "sciworld:use-thermometer:12"
-        assert ScienceWorld.official_id({"id": "24_1"}) == "sciworld:identify-life-stages-2:1"
+        assert ScienceWorld.official_id({"id": "0_3"}, None) == "sciworld:boil:3"
+        assert ScienceWorld.official_id({"id": "6_12"}, None) == "sciworld:use-thermometer:12"
+        assert ScienceWorld.official_id({"id": "24_1"}, None) == "sciworld:identify-life-stages-2:1"
         for wrong in ({"id": "5_1"}, {"id": "25_1"}, {"id": "boil"}, {}):
             with pytest.raises(ValueError, match="no ScienceWorld task"):
-                ScienceWorld.official_id(wrong)
+                ScienceWorld.official_id(wrong, None)
         assert (
             ScienceWorld.official_task("Task Description:\nYour task is to boil water.")
             == "Your task is to boil water."

@@ -13,8 +13,8 @@ def episode(
 ) -> Trajectory:  # fmt: skip
     turns = [Turn(text="", action="", observation="", reward=reward, valid=place >= invalid) for place in range(steps)]
     return Trajectory(
-        id=task, env="toy", split=split, policy=policy, seed=seed, sample=sample, messages=[], prompt_length=0,
-        turns=turns, reward=reward, success=success, status=status,
+        id=task, env="toy", split=split, kind=task.split(":")[1], policy=policy, seed=seed, sample=sample, messages=[],
+        prompt_length=0, turns=turns, reward=reward, success=success, status=status,
     )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_samples_of_a_task_are_averaged_first():
 
 def test_breakdown_by_kind():
     episodes = [episode("toy:a:1", 1.0), episode("toy:a:2", 0.0), episode("toy:b:1", 0.25)]
-    table = by_kind(episodes, lambda one: one.id.split(":")[1])
+    table = by_kind(episodes)
     assert list(table.columns) == ["env", "method", "split", "seed", "kind", *COLUMNS[4:]]
     assert table[["kind", "n", "reward"]].to_numpy().tolist() == [["a", 2, 0.5], ["b", 1, 0.25]]
 
@@ -126,7 +126,7 @@ def test_summary_over_seeds():
     assert (row["seeds"], row["n"], row["steps"], row["invalid_rate"]) == (2, 3, 4.0, 0.25)
     assert (row["reward"], row["success"]) == pytest.approx((0.45, 1 / 3))
     assert (row["reward_low"], row["reward_high"]) == pytest.approx((0.45 - 0.29134, 0.45 + 0.29134), abs=1e-5)
-    assert summary(episodes, lambda _: "a").iloc[0]["kind"] == "a"
+    assert summary(episodes, by_kind=True).iloc[0]["kind"] == "a"
 
 
 def test_summary_refuses_seeds_with_other_tasks():

@@ -84,7 +84,7 @@ def test_replay_finds_the_turn_that_differs(tmp_path):
 def test_doctor_finds_this_machine_well():
     found = tool("doctor")
     assert found.returncode == 0, found.stdout
-    for check in ("Python", "packages", "vLLM", "Java", "ScienceWorld", "disk"):
+    for check in ("Python", "packages", "vLLM", "Java", "ScienceWorld", "ALFWorld", "WebShop", "disk"):
         assert check in found.stdout
 
 

@@ -126,7 +126,7 @@ class ToyEnv(TextEnv):
         return action, observation
 
     @classmethod
-    def official_id(cls, item: dict[str, Any]) -> str:
+    def official_id(cls, item: dict[str, Any], settings: Any) -> str:
         if "id" not in item:
             raise ValueError("no id")
         return f"toy:train:{item['id']}"

@@ -358,7 +358,7 @@ class AlfWorld(TextEnv):
         return command, _said(observation, wanted)
 
     @classmethod
-    def official_id(cls, item: dict[str, Any]) -> str:
+    def official_id(cls, item: dict[str, Any], settings: Any) -> str:
         """Task folder and trial of a published trajectory's `game_file`.
 
         Raises:

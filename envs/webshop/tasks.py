@@ -1,0 +1,149 @@
+"""Which goals a policy learns from and which it is tested on, and their content ids."""
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from envs.webshop.goals import Goal
+from envs.webshop.settings import Settings
+
+UNSEEN_SHARE, SEEN_SHARE = 1 / 6, 1 / 4
+"""Most that splits of our own set aside: of the categories for unseen, of what is left for seen."""
+
+OFFICIAL = {"train": "train_indices.json", "seen": "test_indices.json"}
+"""The index files published with ETO (eval_agent/data/webshop): lists of session numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Numbers of goals by split."""
+
+    goals: dict[str, list[int]]
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Entries of the official lists that are not played, counted by the reason."""
+
+
+def content_id(number: int, goal: Goal) -> str:
+    """`webshop:goal-<number>-<first 8 hex digits of the instruction's SHA-256>`."""
+    return f"webshop:goal-{number}-{hashlib.sha256(goal['instruction_text'].encode()).hexdigest()[:8]}"
+
+
+def split(goals: Sequence[Goal], settings: Settings) -> Splits:
+    """The splits of the settings: official lists, or our own, which share no product, and with unseen no category.
+
+    Raises:
+        ValueError: an official list is missing or malformed, or names a goal that there is not.
+    """
+    if settings.splits is not None:
+        return _official(goals, settings, settings.splits.expanduser())
+    by_category: dict[str, list[int]] = defaultdict(list)
+    for number, goal in enumerate(goals):
+        by_category[goal["product_category"]].append(number)
+    categories = sorted(by_category)
+    random.Random("unseen categories").shuffle(categories)
+    aside = int(len(categories) * UNSEEN_SHARE)
+    unseen, rest = (
+        [number for category in part for number in by_category[category]]
+        for part in (categories[:aside], categories[aside:])
+    )
+    seen, train = _by_products(goals, rest, min(settings.seen_goals, int(len(rest) * SEEN_SHARE)))
+    known = {goals[number]["product_category"] for number in train}
+    train += [number for number in seen if goals[number]["product_category"] not in known]
+    seen = [number for number in seen if goals[number]["product_category"] in known]
+    return Splits(
+        {
+            "train": _shuffled(train, "train")[: settings.train_goals],
+            "seen": _shuffled(seen, "seen"),
+            "unseen": _shuffled(unseen, "unseen")[: settings.unseen_goals],
+        }
+    )
+
+
+def _official(goals: Sequence[Goal], settings: Settings, folder: Path) -> Splits:
+    """ETO's test list as seen; its train list without what is tested; unseen from goals that neither list touches.
+
+    The published lists overlap: 21 of the 200 test goals are also in train, and one train goal is there twice.
+    """
+    lists = {name: _numbers(folder / file, len(goals)) for name, file in OFFICIAL.items()}
+    seen = list(dict.fromkeys(lists["seen"]))
+    once = list(dict.fromkeys(lists["train"]))
+    train = [number for number in once if number not in set(seen)]
+    used = {goals[number]["product_category"] for number in train}
+    tested = {goals[number]["asin"] for number in seen}
+    unseen = [
+        number
+        for number, goal in enumerate(goals)
+        if goal["product_category"] not in used and goal["asin"] not in tested
+    ]
+    left_out = {
+        "in the train list twice": len(lists["train"]) - len(once),
+        "in the train and the test list": len(once) - len(train),
+    }
+    return Splits(
+        {
+            "train": train[: settings.train_goals],
+            "seen": seen,
+            "unseen": _shuffled(unseen, "unseen")[: settings.unseen_goals],
+        },
+        {reason: count for reason, count in left_out.items() if count},
+    )
+
+
+def _numbers(file: Path, goals: int) -> list[int]:
+    try:
+        numbers = TypeAdapter(list[int]).validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise ValueError(
+            f"env.webshop.splits: {file} is no list of goals' numbers ({why}); the folder has to hold "
+            f"{' and '.join(OFFICIAL.values())} as published with ETO."
+        ) from None
+    if wrong := [number for number in numbers if not 0 <= number < goals]:
+        raise ValueError(f"{file}: there is no goal {wrong[0]}; this catalogue has goals 0 to {goals - 1}.")
+    return numbers
+
+
+def check(goals: Sequence[Goal], splits: Mapping[str, Sequence[int]], *, products: bool) -> None:
+    """Refuse splits that leak.
+
+    Args:
+        goals: all of them.
+        splits: numbers of goals.
+        products: whether splits may not share a product either; the official lists do.
+
+    Raises:
+        ValueError: unseen has a category of train, or two splits share a product.
+    """
+    categories = {name: {goals[number]["product_category"] for number in numbers} for name, numbers in splits.items()}
+    if shared := categories["train"] & categories["unseen"]:
+        raise ValueError(f"WebShop's unseen goals share a category with its training goals: {sorted(shared)[0]!r}.")
+    owner: dict[str, str] = {}
+    for name, numbers in splits.items() if products else ():
+        for number in numbers:
+            asin = goals[number]["asin"]
+            if owner.setdefault(asin, name) != name:
+                raise ValueError(f"WebShop's {owner[asin]} and {name} goals share the product {asin}.")
+
+
+def _by_products(goals: Sequence[Goal], numbers: Sequence[int], wanted: int) -> tuple[list[int], list[int]]:
+    """Some goals and the rest, all goals of a product on the same side."""
+    by_product: dict[str, list[int]] = defaultdict(list)
+    for number in numbers:
+        by_product[goals[number]["asin"]].append(number)
+    products = sorted(by_product)
+    random.Random("seen products").shuffle(products)
+    kept: list[int] = []
+    for asin in products:
+        if len(kept) + len(by_product[asin]) <= wanted:
+            kept += by_product.pop(asin)
+    return kept, [number for group in by_product.values() for number in group]
+
+
+def _shuffled(numbers: Sequence[int], name: str) -> list[int]:
+    """In an order that hangs on nothing but the numbers, so that the first so many are a fair draw."""
+    return random.Random(f"order of {name}").sample(sorted(numbers), len(numbers))
