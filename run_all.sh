@@ -8,7 +8,6 @@
 # What is done already is not done again; a run that was stopped goes on where it was. `python -m pipeline STAGE RECIPE
 # [key=value ...]` runs one stage, `--help` explains every key.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if [[ ${1:-} == -* ]]; then # --help
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
@@ -20,6 +19,8 @@ if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
   recipe=$1
   shift
 fi
+case $recipe in *.yaml | *.yml) recipe=$(realpath -- "$recipe") ;; esac # of the caller's folder
+cd "$(dirname "${BASH_SOURCE[0]}")"
 
 started=$SECONDS
 source environment.sh

@@ -25,6 +25,13 @@ SPLITS = ("train", "seen", "unseen")
 """train: the policy learns from them; seen: new tasks of known kinds or rooms; unseen: the hardest shift on offer."""
 
 
+def comma_list(value: Any) -> Any:
+    """`a,b` and a bare number as lists, as the command line writes them; nothing as an empty list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [] if value is None else [value] if type(value) is int else value
+
+
 class Info(TypedDict):
     """The info dict of `TextEnv.reset` and `TextEnv.step`."""
 
@@ -164,14 +171,17 @@ class TextEnv(gymnasium.Env[str, str]):
         """A published trajectory's task message as `reset` would write it."""
 
 
+ENVIRONMENTS = {"alfworld": "AlfWorld", "sciworld": "ScienceWorld", "webshop": "WebShop"}
+"""The class of each environment, in the module or package of this folder that has its name."""
+
+
 def load(name: str) -> type[TextEnv]:
     """The environment class called `name`.
 
     Raises:
         ValueError: unknown name.
     """
-    modules = {"alfworld": "AlfWorld", "sciworld": "ScienceWorld", "webshop": "WebShop"}
-    if name not in modules:
-        raise ValueError(f"Unknown environment {name!r}; known: {', '.join(sorted(modules))}.")
-    env: type[TextEnv] = getattr(importlib.import_module(f"envs.{name}"), modules[name])
+    if name not in ENVIRONMENTS:
+        raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVIRONMENTS)}")
+    env: type[TextEnv] = getattr(importlib.import_module(f"envs.{name}"), ENVIRONMENTS[name])
     return env

@@ -129,7 +129,8 @@ class Session:
     """One environment of a pool, asked as one would ask a `TextEnv`.
 
     Every method raises `EnvironmentFailure` when the environment breaks or its worker dies, `EnvironmentTimeout` when
-    no answer comes in time, and passes on the `ValueError`s and `NoSolutionError`s by which environments refuse.
+    no answer comes in time, and passes on the `ValueError`s and `NoSolutionError`s by which environments refuse, and
+    the `OSError`s of the machine (a full disk), which no other session would fare better with.
     """
 
     def __init__(self, worker: "_Worker", slot: int, timeout: float) -> None:
@@ -323,6 +324,8 @@ class _Host:
             if slot in self._envs:
                 with contextlib.suppress(Exception):
                     self._envs.pop(slot).close()
+            if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+                return _Answer(error=_plain(error))  # a full disk, a folder that cannot be written: the machine's
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {last.filename}:{last.lineno}"
             return _Answer(error=EnvironmentFailure(f"The environment broke: {error} ({where})."))
@@ -348,6 +351,8 @@ def _path(env: type[TextEnv]) -> str:
 
 def _plain(error: Exception) -> Exception:
     """An error as its nearest built-in type, which the other side surely knows."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == builtins.__name__)
     args = error.args if type(error) is kind else (str(error),)
     plain: Exception = kind(*(arg if isinstance(arg, str | int | float) else str(arg) for arg in args))

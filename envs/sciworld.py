@@ -35,14 +35,14 @@ from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
 from py4j.protocol import Py4JError
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from scienceworld.constants import JAR_PATH
 
-from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv
+from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv, comma_list
 from envs.sciworld_expert import plans, think
 
 STEP_LIMITS = {
@@ -149,7 +149,9 @@ Rooms: kitchen, foundry, workshop, bathroom, outside, living room, bedroom, gree
 Doors are open. Focus only on what the task names: a wrong focus ends the experiment. To an ambiguous request, the \
 command is the number you choose."""
 
-# The solution of sciworld:find-living-thing:140, which no split of at most 120 train variations has.
+EXAMPLE_TASK = "sciworld:find-living-thing:140"
+"""What `EXAMPLE` solves; it is in no split."""
+
 EXAMPLE = [
     (
         "Your task is to find a(n) living thing. First, focus on the thing. Then, move it to the blue box in the "
@@ -189,7 +191,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    tasks: list[str] = Field(default=list(TASKS), min_length=1)
+    tasks: Annotated[list[str], BeforeValidator(comma_list), Field(min_length=1)] = list(TASKS)
     """Names of the tasks to play."""
     train_variations: int = Field(default=120, ge=1)
     """Most variations of a task in the train split."""
@@ -201,11 +203,6 @@ class Settings(BaseModel):
     heap_mb: int = Field(default=512, ge=128)
     """Most memory, in MB, for the objects of the JVM that all environments of a process share. It uses what it needs:
     some 50 MB, and 11 MB more for each environment (320 MB resident with 8 of them, 600 with 16)."""
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _comma_list(cls, tasks: Any) -> Any:
-        return [task.strip() for task in tasks.split(",")] if isinstance(tasks, str) else tasks
 
     @field_validator("tasks")
     @classmethod
@@ -498,7 +495,8 @@ class ScienceWorld(TextEnv):
             for task in self._settings.tasks:
                 for name, numbers in self._server.variations(task).items():
                     most = self._settings.train_variations if name == "train" else self._settings.eval_variations
-                    self._splits[name] += [f"{self.name}:{task}:{number}" for number in numbers[:most]]
+                    found = [f"{self.name}:{task}:{number}" for number in numbers]
+                    self._splits[name] += [one for one in found if one != EXAMPLE_TASK][:most]
         return list(self._splits[split])
 
     def valid_actions(self) -> list[str]:

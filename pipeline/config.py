@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from envs import ENVIRONMENTS, comma_list
 from envs.alfworld import Settings as AlfWorldSettings
 from envs.sciworld import Settings as ScienceWorldSettings
 from envs.webshop.settings import Settings as WebShopSettings
@@ -20,17 +21,16 @@ from pipeline.methods import Discount
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def _comma_list(value: Any) -> Any:
-    """`a,b` and a bare scalar are lists too, as the command line writes them."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int) else value
-
-
 def _distinct(values: list[Any]) -> list[Any]:
     if len(set(values)) < len(values):
         raise ValueError("names something twice")
     return values
+
+
+def _known_environment(name: str) -> str:
+    if name not in ENVIRONMENTS:
+        raise ValueError(f"unknown environment; known: {', '.join(ENVIRONMENTS)}")
+    return name
 
 
 Seed = Annotated[int, Field(ge=0)]
@@ -46,8 +46,8 @@ class EnvConfig(Section):
     """Environments. On the command line `env=NAME[,NAME]` picks them and `env.NAME.key=value` sets one up."""
 
     names: Annotated[
-        list[Literal["alfworld", "sciworld", "webshop"]],
-        BeforeValidator(_comma_list),
+        list[Annotated[str, AfterValidator(_known_environment)]],
+        BeforeValidator(comma_list),
         Field(min_length=1),
         AfterValidator(_distinct),
     ] = ["sciworld"]
@@ -70,14 +70,17 @@ class ModelConfig(Section):
     path: str | None = None
     """Hub id or folder of the model to start from. Empty: a new, randomly initialised Llama of the sizes below with a
     BPE tokenizer trained on the experts' text."""
+    revision: str | None = None
+    """Commit, tag or branch of the Hub model; a commit pins what a name alone does not. Empty: its main branch, whose
+    commit the manifest of `sft` names."""
     max_length: int = Field(2048, ge=64)
     """Longest conversation in tokens, in training and in rollouts."""
     vocabulary: int = Field(3000, ge=300)
     """Tokens of the new tokenizer."""
     hidden: int = Field(256, ge=8)
     """Width of the new model; its feed-forward layers are three times as wide."""
-    layers: int = Field(4, ge=1)
-    """Decoder layers of the new model."""
+    layers: int = Field(4, ge=2)
+    """Decoder layers of the new model; its induction heads take two (pipeline/induction.py)."""
     heads: int = Field(4, ge=1)
     """Attention heads of the new model."""
     lora_rank: int = Field(0, ge=0)
@@ -91,6 +94,8 @@ class ModelConfig(Section):
         sizes = self.model_fields_set & {"vocabulary", "hidden", "layers", "heads"}
         if self.path is not None and any(getattr(self, key) != type(self).model_fields[key].default for key in sizes):
             raise ValueError(f"{sorted(sizes)[0]} is a size of a new model and has no effect beside model.path")
+        if self.path is None and self.revision is not None:
+            raise ValueError("revision is of a Hub model and has no effect without model.path")
         return self
 
 
@@ -214,7 +219,7 @@ class EvaluateConfig(Section):
     """Evaluation on new tasks, greedy."""
 
     splits: Annotated[
-        list[Literal["seen", "unseen"]], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)
+        list[Literal["seen", "unseen"]], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)
     ] = ["seen", "unseen"]
     """The splits to play."""
     tasks: int | None = Field(None, ge=1)
@@ -226,9 +231,9 @@ class Config(Section):
 
     run: Annotated[str, BeforeValidator(str)] = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
     """Name of the run's folder under runs/; empty: the recipe's name."""
-    seed: Annotated[list[Seed], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)] = [0]
+    seed: Annotated[list[Seed], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)] = [0]
     """Seeds; each is a whole run of its own, and the table averages over them."""
-    method: Annotated[list[Discount], BeforeValidator(_comma_list), Field(min_length=1), AfterValidator(_distinct)] = [
+    method: Annotated[list[Discount], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)] = [
         Discount.DMPO
     ]
     """Preference losses to train with, each from the same SFT policy and pairs; `trajectory` is DPO / ETO."""
@@ -243,6 +248,12 @@ class Config(Section):
     pairs: PairsConfig = PairsConfig()
     train: PreferenceConfig = PreferenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Config":
+        if self.experts.source is not None and len(self.env.names) > 1:
+            raise ValueError("experts.source holds the data of one environment; name one with env=")
+        return self
 
     @property
     def folder(self) -> Path:
@@ -308,14 +319,35 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error, str(path) + (" with " + " ".join(overrides) if overrides else ""))) from None
+    for override in overrides:
+        if reason := _inert(override.partition("=")[0], config):
+            raise ValueError(f"{override!r} has no effect: {reason}.")
     return config if config.run else config.model_copy(update={"run": path.stem})
+
+
+def _inert(key: str, config: Config) -> str | None:
+    """Why a key on the command line changes nothing, if so; a recipe may hold keys for other overrides than these."""
+    section, _, name = key.partition(".")
+    of_env = name.partition(".")[0] if section == "env" else ""
+    if of_env in ENVIRONMENTS and of_env not in config.env.names:
+        return f"the run plays {', '.join(config.env.names)}"
+    steps = {"sft.epochs": config.sft.max_steps, "train.epochs": config.train.max_steps}.get(key)
+    if steps is not None:
+        return f"{section}.max_steps={steps} decides; set that to nothing ({section}.max_steps=)"
+    if key == "train.gamma" and not any(method.uses_gamma for method in config.method):
+        return f"method={','.join(config.method)} has no gamma"
+    if key == "model.lora_alpha" and not config.model.lora_rank:
+        return "model.lora_rank is 0"
+    if key == "env.alfworld.expert" and config.experts.source is not None:
+        return "the experts come from experts.source"
+    return None
 
 
 def beside(file: Path) -> Config:
     """The resolved recipe of the run that a file belongs to; the defaults where it belongs to none."""
     for folder in file.resolve().parents:
-        if (folder / "config.yaml").is_file():
-            return Config.model_validate(yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+        if (recipe := folder / "config.yaml").is_file():
+            return load(str(recipe))
     return Config()
 
 

@@ -18,7 +18,16 @@ import envs
 from pipeline import jobs, react, runs
 from pipeline.config import Config
 from pipeline.play import Episode, ExpertPlayer, play_episodes
-from pipeline.records import EpisodeStatus, JsonlAppender, ShareGpt, Trajectory, Turn, read_jsonl, write_jsonl
+from pipeline.records import (
+    EpisodeStatus,
+    JsonlAppender,
+    ShareGpt,
+    Trajectory,
+    Turn,
+    read_jsonl,
+    recover_jsonl,
+    write_jsonl,
+)
 from pipeline.replay import replayed
 
 REPLAYS = "replays.jsonl"
@@ -62,7 +71,7 @@ async def solve(
     job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env)
-        earlier, half_written = read_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
+        earlier, half_written = recover_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
         done = {one.id for one in earlier}
         episodes = [
             Episode(task=task, kind=kind, split="train", policy="expert", seed=seed)
@@ -80,7 +89,7 @@ async def solve(
                 label=f"{env.name} experts",
             )
     place = {task: position for position, task in enumerate(tasks)}
-    played = sorted(read_jsonl(replays, Trajectory)[0], key=lambda one: place[one.id])
+    played = sorted(read_jsonl(replays, Trajectory), key=lambda one: place[one.id])
     kept = [one for one in played if one.success]
     reasons = Counter(one.note or f"reward below 1 ({one.status})" for one in played if not one.success)
     return kept, {
@@ -108,7 +117,7 @@ async def keep_training_tasks(
             kept = [one for one in published if split_of.get(one.id) == "train"]
             for one in kept:
                 one.kind = await session.call("kind", one.id)
-        differences = await replayed(pool, kept, rewards=False)
+        differences = await replayed(pool, kept, published=True)
     others = [one.id for one in published if split_of.get(one.id) != "train"]
     reasons = Counter(f"in the {split_of[one]} split" if one in split_of else "in no split" for one in others)
     return kept, {
@@ -141,10 +150,7 @@ def read_official(
 
 def _items(path: Path) -> list[ShareGpt]:
     if path.suffix == ".jsonl":
-        items, half_written = read_jsonl(path, ShareGpt)
-        if half_written:
-            raise ValueError(f"{path}: the last line has no end; was the file cut short? If not, add a newline.")
-        return items
+        return read_jsonl(path, ShareGpt)
     try:
         return TypeAdapter(list[ShareGpt]).validate_json(path.read_bytes())
     except ValidationError as error:
@@ -209,5 +215,6 @@ def _official_turn(env: type[envs.TextEnv], settings: BaseModel, text: str, answ
             "them would score 0."
         ) from None
     if command != action:
-        text = text.replace(f"Action: {action}", f"Action: {command}")
+        before, mark, after = text.partition("Action:")
+        text = before + mark + after.replace(action, command, 1)
     return Turn(text=text, action=command, observation=answer, reward=0.0, valid=True)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline import config as configuration
-from pipeline.records import Message, Pair, Trajectory, read_jsonl
+from pipeline.methods import Discount
+from pipeline.records import Message, Pair, Trajectory, recover_jsonl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="episodes.jsonl or pairs.jsonl of a run")
     parser.add_argument("--id", help="content id of the task; default: the first record")
     parser.add_argument("--tokenizer", type=Path, help="folder of a policy; default: the run's own sft/policy")
-    parser.add_argument("--method", default="dmpo", help="discount whose weights are shown (default: dmpo)")
+    parser.add_argument(
+        "--method", default="dmpo", choices=list(map(str, Discount)), help="discount whose weights are shown: dmpo"
+    )
     parser.add_argument("--gamma", type=float, help="gamma of the discount; default: the run's")
 
 
@@ -30,7 +33,7 @@ def main(options: argparse.Namespace) -> None:
         ValueError: no such record, or no tokenizer is found beside the file.
     """
     records: list[Trajectory] | list[Pair]
-    records = read_jsonl(options.file, Pair)[0] if options.file.name == "pairs.jsonl" else _episodes(options.file)
+    records = recover_jsonl(options.file, Pair)[0] if options.file.name == "pairs.jsonl" else _episodes(options.file)
     chosen = [record for record in records if options.id in (None, record.id)]
     if not chosen:
         raise ValueError(f"{options.file}: no record {options.id!r} among {len(records)}.")
@@ -42,7 +45,7 @@ def main(options: argparse.Namespace) -> None:
 
 def _episodes(file: Path) -> list[Trajectory]:
     """The episodes that hold a turn."""
-    return [one for one in read_jsonl(file, Trajectory)[0] if one.turns]
+    return [one for one in recover_jsonl(file, Trajectory)[0] if one.turns]
 
 
 def _conversations(record: Trajectory | Pair) -> list[tuple[str, list[Message], list[Message], list[list[int]]]]:
@@ -73,14 +76,13 @@ def _coloured(
     from transformers import AutoTokenizer
 
     from pipeline.losses import discount
-    from pipeline.methods import Discount
     from pipeline.rendering import Renderer, fit
 
     renderer = Renderer(AutoTokenizer.from_pretrained(options.tokenizer or _policy_beside(options.file)))
     config = configuration.beside(options.file)
     rendered = fit(renderer.render(prompt, completion, token_ids), config.model.max_length)
     gamma = config.train.gamma if options.gamma is None else options.gamma
-    weights = discount(Discount(options.method), torch.tensor([rendered.turns]), gamma)[0]
+    weights = discount(options.method, torch.tensor([rendered.turns + rendered.dropped_turns]), gamma)[0]
     return renderer.coloured(rendered, weights.tolist())
 
 

@@ -7,15 +7,11 @@ checkpoint are played by one engine process, which then exits: no engine ever se
 import asyncio
 import contextlib
 import fcntl
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +21,11 @@ from pydantic import BaseModel
 
 import envs
 from envs.pool import EnvPool
+from envs.processes import fresh_processes
 from pipeline import runs
 from pipeline.config import Config
 from pipeline.play import Episode, ExpertPlayer, Player, PolicyPlayer, RandomPlayer, play_episodes
-from pipeline.records import JsonlAppender, Trajectory, read_jsonl, write_jsonl
+from pipeline.records import JsonlAppender, Trajectory, read_jsonl, recover_jsonl, write_jsonl
 
 EPISODES = runs.EPISODES
 BASELINES = ("random", "expert")
@@ -100,8 +97,8 @@ def evaluation(config: Config, env: str, seed: int, policy: str) -> list[Job]:
     ]
 
 
-def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> bool:
-    """Play what is not played yet; returns whether there was anything.
+def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> None:
+    """Play what is not played yet.
 
     Args:
         config: the run.
@@ -126,14 +123,12 @@ def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, mad
             facts = _in_own_process(_play, config, [job for job, _ in waiting], checkpoint and checkpoint / "policy")
             for (_, work), fact in zip(waiting, facts, strict=True):
                 work.facts.update(fact)
-    return bool(waiting)
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a fresh process, which takes its engine and its workers with it when it ends."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's CPU build tells of its memory binding at every start
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_die_with_parent) as process:
+    with fresh_processes(1) as process:
         try:
             return process.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -141,18 +136,6 @@ def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
                 "The engine process died; was it out of memory? Lower engine.kv_cache_gib or workers.slots, and run "
                 "the same command again: finished episodes are kept."
             ) from None
-
-
-def _die_with_parent() -> None:
-    """End this process as soon as its parent is gone, so that a killed run leaves nobody writing into its folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _play(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
@@ -192,7 +175,7 @@ async def _play_job(
     """Play the episodes of one job that its file does not hold yet."""
     began = time.monotonic()
     path = job.folder / EPISODES
-    done, dropped = read_jsonl(path, Trajectory) if path.is_file() else ([], 0)
+    done, dropped = recover_jsonl(path, Trajectory) if path.is_file() else ([], 0)
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
     tasks = await chosen_tasks(job, pool, env)
     episodes = [
@@ -212,7 +195,12 @@ async def _play_job(
             label=f"{job.env} {job.policy} {job.split}",
         )
     order = {task: position for position, task in enumerate(tasks)}
-    trajectories = sorted(read_jsonl(path, Trajectory)[0], key=lambda one: (order[one.id], one.sample))
+    trajectories = sorted(read_jsonl(path, Trajectory), key=lambda one: (order[one.id], one.sample))
+    if trajectories and all(one.status.is_error for one in trajectories):
+        raise RuntimeError(
+            f"{job.env}: all {len(trajectories)} episodes of {job.policy} on {job.split} broke the environment, the "
+            f"first so: {trajectories[0].note} Mend that, delete {path}, and run the same command again."
+        )
     write_jsonl(path, trajectories)
     return summary(trajectories) | {
         "half_written_lines_dropped": dropped,
@@ -235,7 +223,7 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> dict
     if not tasks:
         raise ValueError(f"{job.env} has no tasks in the split {job.split}; is a part of its data missing?")
     if job.only:
-        wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)[0]}
+        wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)}
         tasks = [task for task in tasks if task in wanted]
         if job.limit is not None:
             drawn = set(random.Random(job.seed).sample(tasks, min(job.limit, len(tasks))))

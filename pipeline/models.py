@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline import induction
 from pipeline.config import ModelConfig
 from pipeline.rendering import TINY_CHAT_TEMPLATE, TINY_ROLE_TOKENS, TINY_SPECIAL_TOKENS
 
@@ -32,7 +33,7 @@ ADAPTER = "adapter"
 
 
 def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
-    """A randomly initialised Llama and a byte-level BPE tokenizer trained on `texts`.
+    """A randomly initialised Llama with induction heads, and a byte-level BPE tokenizer trained on `texts`.
 
     The same arguments give the same tokenizer and the same weights. Nothing here can meet an unknown character: the 256
     bytes are tokens. All its weights are to be trained, whatever `config.lora_rank`: LoRA on a random base would learn
@@ -69,25 +70,25 @@ def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[An
         # Untied reached 0.79 nats a held-out action token of ScienceWorld's gold paths where tied reached 0.86 (66
         # steps at 1e-3 on 164 trajectories, one seed). Only the policy's tokens meet the output layer: no time is lost.
         tie_word_embeddings=False,
-        # 1/sqrt(width), not the 0.02 of wide models: 0.47 instead of 0.55 nats a held-out action token of ALFWorld's
-        # experts after the same 140 steps (4 at 1e-3 a step, one seed). Small weights attend to nothing for long.
-        initializer_range=config.hidden**-0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": induction.THETA},
     )
     with _seeded(seed):
         model = LlamaForCausalLM(sizes)
+    induction.install(model, seed)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     return model, tokenizer
 
 
-def load_policy(path: str | Path, config: ModelConfig, seed: int = 0) -> tuple[Any, Any]:
+def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: str | None = None) -> tuple[Any, Any]:
     """A policy from the Hub or a folder, ready to be trained: with a fresh LoRA adapter where `config.lora_rank` > 0.
 
     Args:
         path: Hub id, or a folder as `save_policy` writes it.
         config: gives the LoRA adapter and the length that the model must bear.
         seed: of the adapter's weights.
+        revision: commit, tag or branch on the Hub.
 
     Returns:
         The model and its tokenizer.
@@ -97,8 +98,10 @@ def load_policy(path: str | Path, config: ModelConfig, seed: int = 0) -> tuple[A
     """
     keep_precision = config.lora_rank > 0 and torch.cuda.is_available()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if keep_precision else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision or "main", dtype="auto" if keep_precision else torch.float32
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_unloadable(path, error)) from error
     if not tokenizer.chat_template:

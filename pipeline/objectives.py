@@ -40,9 +40,10 @@ class PreferenceObjective:
       have one of that number;
     - `chosen_reward`, `rejected_reward` (Phi of the paper), their difference `margin`, and `accuracy`, the share of
       pairs with a positive one;
-    - `kl`: an estimate of KL(reference || policy) in nats a turn, from the rejected trajectories, which the reference
-      played: mean over turns of r - 1 - log r, r = policy / reference. Unbiased where the reference sampled them at
-      temperature 1, never negative, and of low variance near 0 (Schulman's k3, http://joschu.net/blog/kl-approx.html).
+    - `kl`: how far the policy has gone from the reference, in nats a turn, on the rejected trajectories: mean over
+      turns of r - 1 - log r, r = policy / reference (Schulman's k3, http://joschu.net/blog/kl-approx.html). Never
+      negative and of low variance near 0. It would estimate KL(reference || policy) if these turns were a fair sample
+      of the reference at temperature 1; they are those that lost, and a few are the expert's.
     """
 
     beta: float

@@ -24,8 +24,8 @@ def main(config: Config) -> None:
             with runs.stage(folder / "pairs", settings=runs.settings_of(config.pairs), inputs=inputs) as stage:
                 if stage.done:
                     continue
-                experts, _ = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
-                explored, _ = read_jsonl(folder / "rollout" / jobs.EPISODES, Trajectory)
+                experts = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
+                explored = read_jsonl(folder / "rollout" / jobs.EPISODES, Trajectory)
                 pairs, dropped = build(experts, explored, config.pairs)
                 if not pairs:
                     raise ValueError(
@@ -80,8 +80,8 @@ def pair(chosen: Trajectory, rejected: Trajectory) -> Pair:
         rejected_status=rejected.status,
         chosen_turns=len(chosen.turns),
         rejected_turns=len(rejected.turns),
-        chosen_source=_source(chosen),
-        rejected_source=_source(rejected),
+        chosen_source=chosen.source,
+        rejected_source=rejected.source,
     )
 
 
@@ -107,10 +107,6 @@ def _token_ids(trajectory: Trajectory) -> list[list[int]]:
     """The ids of each turn where an engine played, else nothing."""
     ids = [turn.token_ids for turn in trajectory.turns]
     return ids if all(ids) else []
-
-
-def _source(trajectory: Trajectory) -> str:
-    return f"{trajectory.policy}/seed{trajectory.seed}/{trajectory.sample}"
 
 
 def _told(dropped: Counter[str]) -> str:

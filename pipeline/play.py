@@ -231,8 +231,8 @@ async def play_episode(
         reward=info["reward"],
         success=info["success"],
         status=status,
-        env_seconds=round(env.seconds, 4),
-        engine_seconds=round(engine_seconds, 4),
+        env_seconds=round(env.seconds, 6),
+        engine_seconds=round(engine_seconds, 6),
         note=player.note,
     )
 
@@ -250,8 +250,9 @@ async def play_episodes(
     """Play many episodes and append each to the file as it ends.
 
     An episode whose environment breaks is played once more from its start, on a worker of its own; if that breaks
-    too, or if an expert knows no solution, it is recorded as an error with reward 0, so that it is counted and not
-    lost. Whatever else goes wrong in one episode (a full disk, a dead engine) ends all of them and is raised as it is.
+    too, it is recorded as an error with reward 0, so that it is counted and not lost. So is one whose expert knows no
+    solution, as an episode that came to nothing. Whatever else goes wrong in one episode (a full disk, a dead engine)
+    ends all of them and is raised as it is.
     """
     bar = tqdm(total=len(episodes), desc=label, unit="episode", disable=None)
 
@@ -265,8 +266,12 @@ async def play_episodes(
                 trajectory = await attempt(episode)
             except EnvironmentFailure:
                 trajectory = await attempt(episode, alone=True)
-        except (EnvironmentFailure, NoSolutionError) as error:
-            trajectory = _failed(pool.env, episode, error)
+        except EnvironmentTimeout as error:
+            trajectory = _unplayed(pool.env, episode, EpisodeStatus.TIMEOUT, str(error))
+        except EnvironmentFailure as error:
+            trajectory = _unplayed(pool.env, episode, EpisodeStatus.ENV_ERROR, str(error))
+        except NoSolutionError as error:
+            trajectory = _unplayed(pool.env, episode, EpisodeStatus.MAX_STEPS, str(error))
         appender.append(trajectory)
         bar.update()
 
@@ -279,9 +284,8 @@ async def play_episodes(
     bar.close()
 
 
-def _failed(env_class: type[envs.TextEnv], episode: Episode, failure: Exception) -> Trajectory:
-    """The record of an episode that could not be played."""
-    status = EpisodeStatus.TIMEOUT if isinstance(failure, EnvironmentTimeout) else EpisodeStatus.ENV_ERROR
+def _unplayed(env_class: type[envs.TextEnv], episode: Episode, status: EpisodeStatus, note: str) -> Trajectory:
+    """The record of an episode without a turn."""
     return Trajectory(
         id=episode.task,
         env=env_class.name,
@@ -296,5 +300,5 @@ def _failed(env_class: type[envs.TextEnv], episode: Episode, failure: Exception)
         reward=0.0,
         success=False,
         status=status,
-        note=str(failure),
+        note=note,
     )

@@ -17,7 +17,7 @@ from envs import MALFORMED, TextEnv
 from pipeline.records import Message
 
 ACKNOWLEDGEMENT = "OK"
-_ACTION = re.compile(r"^[ \t]*Action:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_ACTION = re.compile(r"Action:\s*(\S.*?)\s*$", re.MULTILINE)
 
 
 def user(content: str) -> Message:
@@ -55,11 +55,9 @@ def reply(thought: str, action: str) -> str:
 
 
 def action_of(text: str) -> str:
-    """The action inside a reply: the rest of its first `Action:` line, or `MALFORMED`."""
+    """The action inside a reply: the line that follows its first `Action:`, or `MALFORMED`.
+
+    The official wrapper takes all that follows, further lines included.
+    """
     found = _ACTION.search(text)
     return found.group(1) if found else MALFORMED
-
-
-def thought_of(text: str) -> str:
-    """The thought inside a reply, or an empty string."""
-    return text.partition("Action:")[0].partition("Thought:")[2].strip()

@@ -33,7 +33,7 @@ class EpisodeStatus(StrEnum):
     COMPLETED = "completed"
     """The environment ended it: task done, or failed for good."""
     MAX_STEPS = "max_steps"
-    """The task's step limit was reached."""
+    """The task's step limit was reached, or a player had nothing more to do: an expert's solution was used up."""
     CONTEXT_FULL = "context_full"
     """The next prompt and reply would not fit into the model's context."""
     PARSE_ERROR = "parse_error"
@@ -42,11 +42,6 @@ class EpisodeStatus(StrEnum):
     """The environment broke, twice; `Trajectory.note` says how."""
     TIMEOUT = "timeout"
     """The environment gave no answer in time."""
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether a limit outside the task ended the episode."""
-        return self in (EpisodeStatus.MAX_STEPS, EpisodeStatus.CONTEXT_FULL, EpisodeStatus.PARSE_ERROR)
 
     @property
     def is_error(self) -> bool:
@@ -104,6 +99,11 @@ class Trajectory:
     """What is odd about the episode: how the environment broke, where a replay read something else."""
 
     @property
+    def source(self) -> str:
+        """Where it comes from: policy, seed and sample, as `expert/seed0/0`."""
+        return f"{self.policy}/seed{self.seed}/{self.sample}"
+
+    @property
     def prompt(self) -> list[Message]:
         """The messages before the policy's first turn."""
         return self.messages[: self.prompt_length]
@@ -138,7 +138,7 @@ class Pair:
     """Number of turns the winner took."""
     rejected_turns: int
     chosen_source: str
-    """Where the winner came from: policy, seed and sample, as `expert/seed0/0`."""
+    """The winner's `Trajectory.source`."""
     rejected_source: str
 
 
@@ -165,11 +165,27 @@ def dump_line(record: Any) -> str:
     return json.dumps(record if isinstance(record, dict) else asdict(record), ensure_ascii=False) + "\n"
 
 
-def read_jsonl(path: Path, record_type: type[R]) -> tuple[list[R], int]:
-    """Read the records of a JSON-lines file.
+def read_jsonl(path: Path, record_type: type[R]) -> list[R]:
+    """Read the records of a whole JSON-lines file.
 
-    A last line without its newline is what a killed run leaves behind: it is dropped and counted. Any other line that
-    does not hold a record is an error.
+    Args:
+        path: the file.
+        record_type: a record class of this module, or any type that pydantic validates.
+
+    Raises:
+        ValueError: a line is not a record, or the last one has no end; names the file, the line and the field.
+    """
+    records, cut = recover_jsonl(path, record_type)
+    if cut:
+        raise ValueError(
+            f"{path}, line {len(records) + 1}: the last line has no end; the file was cut short. Add a newline if the "
+            "line is whole, else delete it, or delete the file to make it again."
+        )
+    return records
+
+
+def recover_jsonl(path: Path, record_type: type[R]) -> tuple[list[R], int]:
+    """Read what a killed run wrote so far: a last line without its newline is half written, and dropped.
 
     Args:
         path: the file.

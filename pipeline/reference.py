@@ -40,7 +40,7 @@ def main(config: Config) -> None:
                 from pipeline.examples import pair_examples
                 from pipeline.rendering import Renderer
 
-                pairs, _ = read_jsonl(folder / "pairs" / pairing.PAIRS, Pair)
+                pairs = read_jsonl(folder / "pairs" / pairing.PAIRS, Pair)
                 model, tokenizer = models.load_policy(folder / "sft" / "policy", config.model, seed)
                 kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
                 logprobs = training.reference_turn_logprobs(model, examples, config.train)
@@ -60,8 +60,8 @@ def read(config: Config, env: str, seed: int, pairs: list[Pair]) -> list[tuple[l
         ValueError: one is missing, or is no number.
     """
     path = runs.seed_folder(config, env, seed) / "reference" / LOGPROBS
-    lines, dropped = read_jsonl(path, TurnLogprobs)
-    if dropped or [line.id for line in lines] != [pair.id for pair in pairs]:
+    lines = read_jsonl(path, TurnLogprobs)
+    if [line.id for line in lines] != [pair.id for pair in pairs]:
         raise ValueError(f"{path}: not the log-probs of these pairs; delete its folder and run the stage `reference`.")
     for line in lines:
         if not all(map(math.isfinite, line.chosen + line.rejected)):

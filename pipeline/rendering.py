@@ -128,8 +128,8 @@ class Renderer:
         tokenizer: a fast Hugging Face tokenizer with a chat template. It is not changed.
 
     Raises:
-        ValueError: the tokenizer is not a fast one or has no chat template; the template rewrites history, or ends the
-            policy's turn with anything but one special token.
+        ValueError: the tokenizer is not a fast one or has no chat template; the template rewrites history, shows a
+            reply otherwise than it is, or ends the policy's turn with anything but one special token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -311,7 +311,19 @@ class Renderer:
             text = self._extend(opened, messages, number + 1, generation_prompt=False)
             done = self._reply_end(text, len(opened), number)
             cuts.append((context, text[len(opened) : done]))
+        self._check_shown(messages, since, [reply for _, reply in cuts])
         return cuts
+
+    def _check_shown(self, messages: Sequence[Message], since: int, shown: Sequence[str]) -> None:
+        """Refuse a template that shows a reply otherwise than it is; blanks around it don't matter."""
+        replies = [message["content"] for message in messages[since:] if message["role"] == "assistant"]
+        for reply, text in zip(replies, shown, strict=False):  # the last text may be of a reply to come
+            if text.removesuffix(self.end_token).strip() != reply.strip():
+                raise ValueError(
+                    f"The chat template shows the reply {reply[:80]!r} as {text[:80]!r}: a policy would be trained on "
+                    "what it never said. Set tokenizer.chat_template to one that puts the generation prompt before a "
+                    "reply and shows the reply as it is."
+                )
 
     def _extend(self, before: str, messages: Sequence[Message], count: int, generation_prompt: bool) -> str:
         """The text of the first `count` messages, which must begin with the text `before`."""

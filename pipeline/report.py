@@ -131,9 +131,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
                 with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
                     file.write(image := figures.save(figure, suffix, name))
             drawn[name] = figures.themed(image)
-    pairs = {
-        (one.env, one.seed): read_jsonl(one.folder / "pairs.jsonl", Pair)[0] for one in stages if one.name == "pairs"
-    }
+    pairs = {(one.env, one.seed): read_jsonl(one.folder / "pairs.jsonl", Pair) for one in stages if one.name == "pairs"}
     content = viewer.content(config, played, pairs)
     with atomic_write(config.folder / "report.html") as file:
         file.write(page(config, stages, tables, drawn, content))
@@ -159,13 +157,13 @@ def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Tr
             _, policy, split = one.name.split("/")
             where = policy, split
         if where:
-            found[one.env, one.seed, *where] = read_jsonl(one.folder / "episodes.jsonl", Trajectory)[0]
+            found[one.env, one.seed, *where] = read_jsonl(one.folder / "episodes.jsonl", Trajectory)
     return found
 
 
 def read_log(path: Path) -> list[Row]:
     """The lines of a training log by rising step; of a step that was logged twice (a resumed run) the last one."""
-    lines = read_jsonl(path, Row)[0] if path.is_file() else []
+    lines = read_jsonl(path, Row) if path.is_file() else []
     by_step = {line["step"]: line for line in lines if "step" in line}
     return [by_step[step] for step in sorted(by_step)]
 

@@ -55,13 +55,22 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of what a file says: of episodes without the seconds they took, of anything else the bytes."""
+    """SHA-256 of what a file says: of episodes without the seconds they took, of anything else the bytes.
+
+    Raises:
+        ValueError: a line of the episodes is no record; names file and line.
+    """
     if path.name != EPISODES:
         return file_digest(path)
     content = hashlib.sha256()
     with path.open("rb") as lines:
-        for line in lines:
-            episode = json.loads(line)
+        for number, line in enumerate(lines, 1):
+            try:
+                episode = dict(json.loads(line)) if line.endswith(b"\n") else None
+            except (ValueError, TypeError):
+                episode = None
+            if episode is None:
+                raise ValueError(f"{path}, line {number}: not a whole record. Mend or delete the line.")
             for measured in ("env_seconds", "engine_seconds"):
                 episode.pop(measured, None)
             content.update(json.dumps(episode, sort_keys=True).encode())
@@ -92,9 +101,8 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
         ValueError: the stage has not finished, or one of its outputs is gone.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if (manifest := _read_json(path)) is None:
         raise ValueError(f"{folder} holds no finished output; run the stage `{made_by}` first.")
-    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
     for name, output in manifest["outputs"].items():
         file = folder / name
         if not file.is_file():
@@ -103,6 +111,15 @@ def read_manifest(folder: Path, made_by: str) -> dict[str, Any]:
         if (stat.st_size, stat.st_mtime_ns) != (output["bytes"], output["mtime_ns"]):
             output["sha256"] = content_digest(file)
     return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a manifest or state says; None where there is none, or where it is not whole and so counts for nothing."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return found if "key" in found else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 @dataclass
@@ -149,13 +166,13 @@ def stage(
     """
     key, hashes = _key(settings, inputs or {})
     manifest, state = folder / MANIFEST, folder / STATE
-    if manifest.is_file() and json.loads(manifest.read_text("utf-8"))["key"] == key:
+    if (_read_json(manifest) or {}).get("key") == key:
         yield Stage(folder, done=True)
         return
     if not is_main_process():
         yield Stage(folder, done=False)
         return
-    if not state.is_file() or json.loads(state.read_text("utf-8"))["key"] != key:
+    if (_read_json(state) or {}).get("key") != key:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)

@@ -22,7 +22,7 @@ def main(config: Config) -> None:
             inputs = {"experts": folder / "experts"}
             with runs.stage(folder / "sft", settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS) as stage:
                 if not stage.done:
-                    experts, _ = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
+                    experts = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
                     stage.facts.update(_train(config, experts, stage, seed))
 
 
@@ -35,11 +35,12 @@ def _train(config: Config, experts: list[Trajectory], stage: runs.Stage, seed: i
         texts = [message["content"] for expert in experts for message in expert.messages]
         model, tokenizer = models.new_policy(config.model, texts, seed)
     else:
-        model, tokenizer = models.load_policy(config.model.path, config.model, seed)
+        model, tokenizer = models.load_policy(config.model.path, config.model, seed, config.model.revision)
     renderer = Renderer(tokenizer)
     examples, counts = sft_examples(renderer, experts, config.model.max_length)
     facts = training.run_sft(model, examples, config.sft, stage.folder, seed)
     models.save_policy(model, tokenizer, stage.folder / "policy")
     training.drop_checkpoints(stage.folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return counts | facts | {"template_hash": renderer.template_hash, "parameters": parameters}
+    commit = getattr(model.config, "_commit_hash", None)  # of a Hub model
+    return counts | facts | {"template_hash": renderer.template_hash, "parameters": parameters, "hub_commit": commit}

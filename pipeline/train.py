@@ -2,7 +2,8 @@
 
 Deviations from the paper's official code, all stated:
 
-- A trajectory that is too long loses whole turns from its end; the official code cuts tokens within a turn.
+- A trajectory that is too long loses whole turns from its end, and the others keep the weights that they have in the
+  whole trajectory; the official code cuts tokens within a turn.
 - Log-probs of the reference are computed once, before training, in the precision that training computes in.
 - Every stage has a seed, and the order of the pairs is a function of it.
 """
@@ -39,7 +40,7 @@ def _train(config: Config, env: str, seed: int, method: Discount, stage: runs.St
 
     folder = runs.seed_folder(config, env, seed)
     model, tokenizer = models.load_policy(folder / "sft" / "policy", config.model, seed)
-    pairs, _ = read_jsonl(folder / "pairs" / pairing.PAIRS, Pair)
+    pairs = read_jsonl(folder / "pairs" / pairing.PAIRS, Pair)
     kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
     logprobs = reference.read(config, env, seed, kept)
     facts = training.run_preference(model, examples, logprobs, method, config.train, stage.folder, seed)

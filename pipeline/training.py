@@ -92,7 +92,7 @@ def run_preference(
         for rendered, logprobs, weights in zip(
             (side for pair in pairs for side in pair),
             (side for pair in reference for side in pair),
-            _weights([side.turns for pair in pairs for side in pair], method, config.gamma, seed),
+            _weights([side for pair in pairs for side in pair], method, config.gamma, seed),
             strict=True,
         )
     ]
@@ -150,11 +150,12 @@ def drop_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _weights(turns: Sequence[int], method: Discount, gamma: float, seed: int) -> list[list[float]]:
-    """The discount of each trajectory."""
-    seeds = [seed * len(turns) + row for row in range(len(turns))]
-    table = discount(method, torch.tensor(turns), gamma, seed=seeds).tolist()
-    return [row[:length] for row, length in zip(table, turns, strict=True)]
+def _weights(sides: Sequence[Rendered], method: Discount, gamma: float, seed: int) -> list[list[float]]:
+    """The discount of each trajectory's turns; T is its own number of turns, those that were cut off included."""
+    seeds = [seed * len(sides) + row for row in range(len(sides))]
+    lengths = torch.tensor([side.turns + side.dropped_turns for side in sides])
+    table = discount(method, lengths, gamma, seed=seeds).tolist()
+    return [row[: side.turns] for row, side in zip(table, sides, strict=True)]
 
 
 def _side_logprobs(model: Any, side: dict[str, Tensor]) -> Tensor:
@@ -199,7 +200,7 @@ def _train(
         seconds = time.time() - started
     trainer.release_model()
     state.wait_for_everyone()
-    losses = [line["loss"] for line in read_jsonl(folder / LOG, dict[str, Any])[0]]
+    losses = [line["loss"] for line in read_jsonl(folder / LOG, dict[str, Any])]
     return {
         "examples": len(examples),
         "steps": run.steps,

@@ -11,7 +11,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from pipeline.objectives import Metrics
-from pipeline.records import JsonlAppender, read_jsonl, write_jsonl
+from pipeline.records import JsonlAppender, recover_jsonl, write_jsonl
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -98,5 +98,5 @@ def open_log(folder: Path, done: int) -> JsonlAppender:
     """The log, cut back to step `done`."""
     path = folder / LOG
     if path.exists():
-        write_jsonl(path, [line for line in read_jsonl(path, dict[str, Any])[0] if line["step"] <= done])
+        write_jsonl(path, [line for line in recover_jsonl(path, dict[str, Any])[0] if line["step"] <= done])
     return JsonlAppender(path)

@@ -59,7 +59,7 @@ def content(
 
     for (env, seed), found in pairs.items():
         known = {
-            (_source(one), one.id): one
+            (one.source, one.id): one
             for (its_env, its_seed, _, split), group in episodes.items()
             if (its_env, its_seed, split) == (env, seed, "train")
             for one in group
@@ -97,16 +97,11 @@ def _shuffled(record: Trajectory | Pair) -> str:
     return hashlib.sha256(f"{record.id} {attempt}".encode()).hexdigest()
 
 
-def _source(trajectory: Trajectory) -> str:
-    """As `Pair.chosen_source` names it."""
-    return f"{trajectory.policy}/seed{trajectory.seed}/{trajectory.sample}"
-
-
 def _side(trajectory: Trajectory, title: str) -> Json:
     """One trajectory; its turns are [reply, observation, reward so far, valid]."""
     return {
         "title": title,
-        "source": _source(trajectory),
+        "source": trajectory.source,
         "status": trajectory.status.value,
         "reward": trajectory.reward,
         "success": trajectory.success,

@@ -2,7 +2,7 @@
 # The test command: lint, format, types and every test, with what they need set up. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-NEEDS="pytest pytest_asyncio hypothesis playwright ruff mypy"
+NEEDS=test
 source environment.sh
 
 need() { # need COMMAND PACKAGE: install a Debian package where we may, else say which one is missing

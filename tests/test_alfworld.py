@@ -1,10 +1,12 @@
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -14,10 +16,15 @@ from envs import SPLITS, NoSolutionError
 from envs.alfworld import AlfWorld, Settings, games
 from envs.alfworld.expert import UnwinnableError, privileged_plan, spoken
 from envs.alfworld.generator import TEST_ROOMS, UNSEEN_ROOMS, generate
-from pipeline.config import load
+from envs.pool import EnvPool
+from pipeline.config import PlayConfig, load
 from pipeline.experts import keep_training_tasks, read_official
+from pipeline.play import Episode, play_episodes
+from pipeline.records import EpisodeStatus, JsonlAppender, Trajectory, read_jsonl
 from tests.env_checker import check_env
 from tests.official_alfworld import SAMPLE, official_games, write_tree
+from tests.planned import Planned
+from tests.test_pool import descendants, wait_gone
 
 SIZES = {"train_games": 12, "seen_games": 6, "unseen_games": 6}
 
@@ -160,7 +167,7 @@ class TestGeneratedGames:
         root, index = games.generated_index(recipe)
         (kept, *_), before = root.rglob(games.GAME), contents(root)
         stamp = kept.stat().st_mtime_ns
-        (root / games.INDEX).unlink()
+        games.generated_list(recipe).unlink()
         next(file for file in root.rglob(games.GAME) if file != kept).unlink()
         assert games.generated_index(recipe) == (root, index)
         assert contents(root) == before
@@ -267,6 +274,53 @@ class TestExperts:
             privileged_plan([("inreceptacle", "apple 1", "fridge 1")], "pick_and_place_simple", params)
 
 
+class Crashing(AlfWorld):
+    """Dies in native code when told to."""
+
+    def step(self, action):
+        if action == "crash":
+            ctypes.string_at(0)
+        return super().step(action)
+
+
+@pytest.mark.slow
+class TestWorkers:
+    async def test_a_worker_that_dies_in_native_code_costs_its_episode_one_retry_and_no_other(self, settings, tmp_path):
+        with AlfWorld(settings) as env:
+            tasks = env.tasks("train")[:3]
+            plans = {task: [step.action for step in env.expert(task)] for task in tasks}
+        plans[tasks[0]] = [*plans[tasks[0]][:1], "crash"]
+        episodes = [Episode(task=task, kind="", split="train", policy="sft", seed=0) for task in tasks]
+        with JsonlAppender(tmp_path / "episodes.jsonl") as appender:
+            async with EnvPool(Crashing, settings, workers=1, slots=3) as pool:
+                await play_episodes(
+                    pool, episodes, lambda _: Planned(plans), PlayConfig(), appender,
+                    example=False, label="crash",
+                )  # fmt: skip
+        found = {one.id: one for one in read_jsonl(tmp_path / "episodes.jsonl", Trajectory)}
+        assert found.keys() == set(tasks)
+        assert found[tasks[0]].status == EpisodeStatus.ENV_ERROR
+        assert "signal 11" in found[tasks[0]].note
+        assert all(found[task].success for task in tasks[1:])
+
+    def test_nothing_outlives_a_parent_killed_while_games_are_made(self, tmp_path):
+        script = (
+            "import os; from envs.alfworld import AlfWorld, Settings\n"
+            "if __name__ == '__main__': AlfWorld.prepare(Settings(train_games=200, games_seed=9), processes=2)"
+        )
+        (tmp_path / "make.py").write_text(script)
+        root = str(Path(__file__).parents[1])
+        made = subprocess.Popen([sys.executable, "make.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root})
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob(games.GAME)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pids = descendants(made.pid)
+        assert len(pids) >= 2
+        made.kill()
+        made.wait()
+        wait_gone(pids)
+
+
 class TestOfficialData:
     """Expert data as ETO publishes them, against games of either dialect."""
 
@@ -312,6 +366,30 @@ class TestOfficialData:
         assert facts["replays_that_differ"] == []
         kept[0].turns[1].observation = "You see a ghost."
         assert (await keep_training_tasks(config, AlfWorld, kept))[1]["replays_that_differ"] == [task]
+        kept[0].turns[1].observation = trajectories[0].turns[1].observation
+        kept[0].turns += kept[0].turns[-1:]  # goes on after the win
+        assert (await keep_training_tasks(config, AlfWorld, kept))[1]["replays_that_differ"] == [task]
+
+    @pytest.mark.parametrize("said", ["put mug 1 in shelf 2", "put mug 1 on shelf 2", "put mug 1 in/on shelf 2"])
+    def test_no_way_to_put_something_down_passes_for_the_games_own(self, settings, said):
+        with pytest.raises(ValueError, match="another dialect"):
+            AlfWorld.official_turn(said, "", settings)
+        lenient = settings.model_copy(update={"translate": True})
+        assert AlfWorld.official_turn(said, "", lenient)[0] == "move mug 1 to shelf 2"
+
+    def test_spellings_that_play_mends_are_no_other_version(self, settings):
+        for said in ("Go to shelf 1", "toggle desklamp 1"):
+            assert AlfWorld.official_turn(said, "so", settings) == (said, "so")
+
+    @pytest.mark.parametrize("gap", ["", "  ", "\t", "\n"])
+    def test_what_is_learned_is_translated_however_it_is_spaced(self, settings, published, gap):
+        path = published[1]
+        path.write_text(path.read_text().replace("Action: put", f"Action:{json.dumps(gap)[1:-1]}put"))
+        lenient = settings.model_copy(update={"translate": True})
+        ((one,), translated) = read_official(AlfWorld, lenient, path)
+        assert translated == 1
+        assert one.turns[-1].action.startswith("move ")
+        assert one.turns[-1].text.endswith(one.turns[-1].action)
 
     def test_an_item_that_names_no_game_is_refused(self):
         with pytest.raises(ValueError, match="no `game_file`"):
@@ -399,7 +477,8 @@ class TestOfficialTrees:
     def test_an_unseen_room_in_train_is_refused(self, tree):
         file = a_game(tree, "unseen")
         games.write(tree / "train" / file.parent.parent.name / "trial_x" / games.GAME, file.read_text())
-        games.write(tree / "train" / file.parent.parent.name / "trial_x" / games.TRAJECTORY, "{}")
+        trajectory = (file.parent / games.TRAJECTORY).read_text()
+        games.write(tree / "train" / file.parent.parent.name / "trial_x" / games.TRAJECTORY, trajectory)
         with pytest.raises(ValueError, match="unseen games share rooms with its training games"):
             AlfWorld(Settings(data=str(tree)))
 
@@ -410,6 +489,44 @@ class TestOfficialTrees:
         after = games.index_of(tree)
         assert after.digest != before.digest
         assert len(after.games["train"]) == 1
+
+    def test_a_task_that_changed_is_another_game(self, tree):
+        before = games.index_of(tree)
+        beside = a_game(tree).parent / games.TRAJECTORY
+        beside.write_text(beside.read_text().replace('"object_sliced": false', '"object_sliced": true'))
+        assert games.index_of(tree).digest != before.digest
+        beside.unlink()
+        assert games.index_of(tree).skipped == {"no traj_data.json": 1}
+        beside.write_text('{"task_type": "pick_and_place_simple", "pddl_params": {}}')
+        with pytest.raises(ValueError, match=r"traj_data.json: not whole \(KeyError\)"):
+            games.index_of(tree)
+
+    def test_a_folder_without_a_room_is_named(self, tree):
+        folder = a_game(tree).parent
+        folder.parent.rename(folder.parent.parent / "put_things_away")
+        with pytest.raises(ValueError, match=r"put_things_away/trial_\w+: .*does not end with a room's number"):
+            AlfWorld(Settings(data=str(tree)))
+
+    @pytest.mark.parametrize(
+        ("key", "was", "now"),
+        [("pddl_problem", "(:init", "(:init\n(unheard_of Apple)"), ("grammar", '"intro"', '"outro"')],
+    )
+    def test_contents_that_do_not_go_together_name_the_file(self, tree, key, was, now):
+        file = a_game(tree)
+        game = games.read_game(file)
+        file.write_text(json.dumps(game | {key: game[key].replace(was, now)}))
+        with AlfWorld(Settings(data=str(tree))) as env, pytest.raises(ValueError, match=r"game.tw-pddl: the game"):
+            env.reset(options={"task": f"alfworld:{file.parent.relative_to(tree / 'train')}"})
+
+    def test_sizes_cap_official_games_too_and_the_recipe_tiny_takes_them(self, tree):
+        config = load("tiny", ["env=alfworld", f"env.alfworld.data={tree}", "env.alfworld.seen_games=1"])
+        with AlfWorld(config.env.alfworld.model_copy(update={"task_types": list(games.TASK_TYPES)})) as env:
+            assert [len(env.tasks(split)) for split in SPLITS] == [2, 1, 2]
+
+    def test_two_processes_read_one_tree_at_once(self, tree, tmp_path):
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            first, second = pool.map(index_in, [tmp_path] * 2, [tree] * 2)
+        assert first == second == games.index_of(tree)
 
     def test_keys_of_generated_games_have_no_place_beside_official_ones(self):
         with pytest.raises(ValueError, match="dialect is for generated games"):
@@ -443,6 +560,11 @@ def with_problem(draft, problem):
     from dataclasses import replace
 
     return replace(draft, problem=problem)
+
+
+def index_in(folder, tree):
+    os.chdir(folder)
+    return games.index_of(tree)
 
 
 def prepare_in(folder):

@@ -48,7 +48,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
     ("overrides", "complaint"),
     [
         (["sft.epoch=1"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
-        (["env=mars"], "env.names.0: Input should be 'alfworld', 'sciworld' or 'webshop'"),
+        (["env=mars"], "env.names.0: unknown environment; known: alfworld, sciworld, webshop"),
         (["method=ppo"], "method.0: Input should be 'dmpo'"),
         (["train.gamma=2"], "train.gamma: Input should be less than or equal to 1 (given: 2)"),
         (["sft.batch_size=many"], "sft.batch_size: Input should be a valid integer"),
@@ -65,6 +65,14 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["evaluate.splits=[]"], "evaluate.splits: Value should have at least 1 item"),
         (["model.path=x", "model.layers=2"], "layers is a size of a new model"),
         (["rollout.temperature=0", "rollout.samples=4"], "samples and top_p have no effect at temperature 0"),
+        (["seed=true"], "seed"),
+        (["env="], "env.names: Value should have at least 1 item"),
+        (["engine.name=hf", "engine.concurrency=4"], "engine.concurrency has no effect with engine.name=hf"),
+        (["experts.source=x.json", "env=sciworld,webshop"], "experts.source holds the data of one environment"),
+        (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=1000 decides"),
+        (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=trajectory has no gamma"),
+        (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
+        (["env=alfworld", "env.sciworld.heap_mb=600"], "has no effect: the run plays alfworld"),
     ],
 )
 def test_bad_keys_and_values_are_one_sentence(overrides, complaint):

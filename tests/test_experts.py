@@ -105,8 +105,29 @@ async def test_official_trajectories_of_test_tasks_are_dropped_and_named(tmp_pat
     assert facts == {
         "dropped": {"in the seen split": 1, "in no split": 1},
         "dropped_ids": ["toy:seen:1", "toy:train:99"],
-        "replays_that_differ": ["toy:train:2"],
+        "replays_that_differ": [],  # that the last observation is not published is no difference
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "differs"),
+    [
+        (["Count to 3.", "Action: up", "Observation: 1", "Action: up"], False),
+        (["Count to 4.", "Action: up", "Observation: 1", "Action: up"], True),  # another task
+        (["Count to 3.", "Action: up", "Observation: 7", "Action: up"], True),
+        (["Count to 3.", *["Action: up", ""] * 4], True),  # goes on after the end
+        (["Count to 3.", "Action: exit 3"], True),  # the worker dies of it
+    ],
+)
+async def test_published_trajectories_that_replay_otherwise_are_named(tmp_path, monkeypatch, values, differs):
+    monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
+    monkeypatch.setattr(ToyEnv, "official_turn", lambda action, observation, settings: (action, observation))
+    published, _ = read_official(
+        ToyEnv, Settings(), write(tmp_path / "data.json", [conversation("rules", "OK", *values)])
+    )
+    kept, facts = await keep_training_tasks(Config(), ToyEnv, published)
+    assert facts["replays_that_differ"] == ["toy:train:2"] * differs
+    assert [one.kind for one in kept] == ["train"]
 
 
 async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):

@@ -48,6 +48,26 @@ def test_a_new_policy_has_the_sizes_of_the_recipe():
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
+def test_a_new_policy_repeats_what_it_has_read_before_it_has_learned_anything():
+    model, _ = new_policy(ModelConfig(vocabulary=400, layers=2), CORPUS, seed=0)
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.stack([torch.randperm(model.config.vocab_size, generator=chance)[:100] for _ in range(2)])
+    ids = torch.cat([drawn, drawn], 1)
+    with torch.no_grad():
+        right = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
+    assert right[:, :99].float().mean() < 0.1
+    assert right[:, 100:].float().mean() > 0.9
+
+
+def test_its_first_head_attends_to_the_token_before():
+    model, _ = new_policy(ModelConfig(vocabulary=400, layers=2), CORPUS, seed=1)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(model.config.vocab_size, (1, 500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        attention = model(input_ids=ids, output_attentions=True).attentions[0][0, 0]
+    assert (attention.diagonal(-1) > 0.98).all()
+
+
 def test_a_small_corpus_gives_a_smaller_vocabulary():
     model, tokenizer = new_policy(SIZES.model_copy(update={"vocabulary": 3000}), ["one word"], seed=0)
     assert len(tokenizer) == model.config.vocab_size < 400

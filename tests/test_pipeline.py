@@ -66,7 +66,7 @@ def test_alfworld_goes_the_same_way(finished):
     assert all(row["n"] == "3" for row in table)
     assert all(float(row["reward"]) == 0 for row in table if row["method"] == "random")
     assert "alfworld" in printed
-    experts, _ = read_jsonl(folder / "runs/household/alfworld/seed0/experts/episodes.jsonl", Trajectory)
+    experts = read_jsonl(folder / "runs/household/alfworld/seed0/experts/episodes.jsonl", Trajectory)
     assert experts
     assert all(one.success and len(one.turns) <= 40 and one.note is None for one in experts)
     manifest = json.loads((folder / "runs/household/alfworld/seed0/experts/manifest.json").read_text())
@@ -86,7 +86,7 @@ def test_webshop_goes_the_same_way(finished):
     assert all(float(row["reward"]) == 1 for row in table if row["method"] == "expert")
     assert "seen bought" in printed
     base = folder / "runs/shop/webshop/seed0"
-    experts, _ = read_jsonl(base / "experts/episodes.jsonl", Trajectory)
+    experts = read_jsonl(base / "experts/episodes.jsonl", Trajectory)
     assert len(experts) == 10
     assert all(one.success and one.note is None and one.kind for one in experts)
     manifest = json.loads((base / "experts/manifest.json").read_text())
@@ -127,7 +127,7 @@ def test_what_the_policy_said_is_what_the_engine_returned(finished):
 
     folder = seed_folder(finished[0])
     renderer = Renderer(AutoTokenizer.from_pretrained(folder / "sft" / "policy"))
-    trajectories, _ = read_jsonl(folder / "rollout" / "episodes.jsonl", Trajectory)
+    trajectories = read_jsonl(folder / "rollout" / "episodes.jsonl", Trajectory)
     assert trajectories
     for trajectory in trajectories:
         for turn in trajectory.turns:
@@ -137,7 +137,7 @@ def test_what_the_policy_said_is_what_the_engine_returned(finished):
 
 def test_pairs_set_the_expert_against_the_policy_and_load_into_the_reference(finished):
     folder = seed_folder(finished[0])
-    pairs, _ = read_jsonl(folder / "pairs" / "pairs.jsonl", Pair)
+    pairs = read_jsonl(folder / "pairs" / "pairs.jsonl", Pair)
     assert pairs
     assert all(pair.chosen_reward > pair.rejected_reward for pair in pairs)
     lines = [json.loads(line) for line in (folder / "reference" / "turn_logprobs.jsonl").read_text().splitlines()]

@@ -36,7 +36,7 @@ async def play(tmp_path, make_player, tasks=("toy:train:2",), *, example=False, 
                 pool, episodes, make_player, rules or PlayConfig(max_tokens=40), appender,
                 example=example, label="toy",
             )  # fmt: skip
-    return read_jsonl(path, Trajectory)[0]
+    return read_jsonl(path, Trajectory)
 
 
 def scripted(renderer, replies, max_length=512, **rules):
@@ -178,13 +178,19 @@ async def test_a_full_disk_is_raised_as_it_is(tmp_path, renderer, monkeypatch):
         await play(tmp_path, scripted(renderer, ["Action: up"] * 3), tasks=["toy:train:2", "toy:train:1"])
 
 
+async def test_a_workers_full_disk_is_raised_and_no_episode_counts_as_played(tmp_path, renderer):
+    with pytest.raises(OSError, match=r"No space left on device: data/x"):
+        await play(tmp_path, scripted(renderer, ["Action: disk data/x"]))
+    assert read_jsonl(tmp_path / "episodes.jsonl", Trajectory) == []
+
+
 async def test_an_expert_without_a_solution_is_recorded(tmp_path, monkeypatch):
     class Ignorant(ExpertPlayer):
         async def prepare(self, episode, env):
             raise NoSolutionError("nobody knows")
 
     (one,) = await play(tmp_path, lambda _: Ignorant())
-    assert (one.status, one.reward, one.note) == (EpisodeStatus.ENV_ERROR, 0.0, "nobody knows")
+    assert (one.status, one.reward, one.note) == (EpisodeStatus.MAX_STEPS, 0.0, "nobody knows")
 
 
 async def test_an_environment_that_hangs_is_a_timeout(tmp_path, renderer):

@@ -56,7 +56,7 @@ async def test_plays_episodes_and_reuses_workers():
 
 
 def test_refuses_nonsense():
-    with pytest.raises(ValueError, match="Unknown environment"):
+    with pytest.raises(ValueError, match="unknown environment"):
         EnvPool("chess")
     for wrong in ({"workers": 0}, {"slots": 0}, {"timeout": 0}):
         with pytest.raises(ValueError, match="at least one"):

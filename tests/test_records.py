@@ -12,6 +12,7 @@ from pipeline.records import (
     atomic_write,
     dump_line,
     read_jsonl,
+    recover_jsonl,
     write_jsonl,
 )
 
@@ -30,7 +31,7 @@ def trajectory(**changes):
 def test_a_record_reads_back_as_it_was_written(tmp_path):
     written = [trajectory(), trajectory(id="sciworld:melt:0", status=EpisodeStatus.CONTEXT_FULL)]
     write_jsonl(tmp_path / "episodes.jsonl", written)
-    assert read_jsonl(tmp_path / "episodes.jsonl", Trajectory) == (written, 0)
+    assert read_jsonl(tmp_path / "episodes.jsonl", Trajectory) == written
 
 
 def test_a_trajectory_knows_its_prompt_and_completion():
@@ -42,8 +43,16 @@ def test_a_trajectory_knows_its_prompt_and_completion():
 def test_a_half_written_last_line_is_dropped_and_counted(tmp_path):
     path = tmp_path / "episodes.jsonl"
     path.write_text(dump_line(trajectory()) + dump_line(trajectory())[:40])
-    records, dropped = read_jsonl(path, Trajectory)
+    records, dropped = recover_jsonl(path, Trajectory)
     assert (len(records), dropped) == (1, 1)
+
+
+@pytest.mark.parametrize("lost", [1, 40])
+def test_a_finished_file_that_was_cut_short_is_an_error_with_its_place(tmp_path, lost):
+    path = tmp_path / "episodes.jsonl"
+    path.write_text((dump_line(trajectory()) + dump_line(trajectory()))[:-lost])
+    with pytest.raises(ValueError, match=r"episodes.jsonl, line 2: the last line has no end"):
+        read_jsonl(path, Trajectory)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +77,7 @@ def test_appending_after_a_kill_begins_on_a_line_of_its_own(tmp_path):
     path.write_text(dump_line(trajectory()) + '{"id": "half')
     with JsonlAppender(path) as appender:
         appender.append(trajectory(seed=7))
-    records, dropped = read_jsonl(path, Trajectory)
-    assert ([record.seed for record in records], dropped) == ([0, 7], 0)
+    assert [record.seed for record in read_jsonl(path, Trajectory)] == [0, 7]
 
 
 def test_a_full_disk_leaves_no_file_under_the_final_name(tmp_path):
@@ -111,7 +119,7 @@ def test_a_record_that_does_not_fit_on_the_disk_is_taken_back(tmp_path, monkeypa
         monkeypatch.setattr(appender, "_file", FullDisk())
         with pytest.raises(OSError, match="No space left"):
             appender.append(trajectory(seed=1))
-    assert len(read_jsonl(path, Trajectory)[0]) == 1
+    assert len(read_jsonl(path, Trajectory)) == 1
     assert path.read_bytes().endswith(b"\n")
 
 

@@ -226,6 +226,19 @@ def test_trained_tokens_are_exactly_the_policys_turns(name, conversation):
     assert tokenizer.decode(rendered.ids) == tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
 
 
+@pytest.mark.parametrize("name", ["tiny-metaspace", "tiny-metaspace-legacy", *PUBLISHED])
+@settings(max_examples=40)
+@given(conversation=conversations())
+def test_trained_tokens_are_the_policys_turns_but_for_blanks_in_every_template(name, conversation):
+    """Templates strip replies, and a tokenizer whose blank is U+2581 cannot tell one from the other."""
+    prompt, completion = conversation
+    renderer = renderer_of(name)
+    decoded = [tokenizer_of(name).decode(ids) for ids in turn_ids(renderer.render(prompt, completion))]
+    assert all(text.endswith(renderer.end_token) for text in decoded)
+    words = [text.removesuffix(renderer.end_token).split() for text in decoded]
+    assert words == [reply.replace("\u2581", " ").split() for reply in replies(completion)]
+
+
 @pytest.mark.parametrize("name", TINY_KINDS)
 @settings(max_examples=40)
 @given(conversation=conversations())
@@ -397,6 +410,24 @@ def refused(template: str, message: str, prompt=PROMPT, completion=COMPLETION):
     )
     with pytest.raises(ValueError, match=message):
         Renderer(tokenizer).render(prompt, completion)
+
+
+CHATML_TURN = "<|im_start|>{{ message['role'] }}\n{{ %s }}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("shown", "asks"),
+    [
+        ("message['content']", ""),  # no generation prompt: the header would be the policy's
+        ("message['content'] if message['role'] == 'user' else 'fine'", "<|im_start|>assistant\n"),
+        ("message['content'][:10]", "<|im_start|>assistant\n"),
+        ("message['content'].split('look')[0]", "<|im_start|>assistant\n"),
+    ],
+)
+def test_templates_that_show_a_reply_otherwise_are_refused(shown, asks):
+    template = "{% for message in messages %}" + CHATML_TURN % shown + "{% endfor %}"
+    template += "{% if add_generation_prompt %}" + asks + "{% endif %}" if asks else ""
+    refused(template, r"shows the reply .* a policy would be trained on what it never said|no special token of")
 
 
 def test_templates_that_rewrite_history_are_refused():

@@ -243,7 +243,7 @@ def page(browser: Any, run: Config) -> Iterator[Any]:
 
 def episode(run: Config, policy: str, split: str, seed: int = 0) -> Trajectory:
     path = run.folder / "sciworld" / f"seed{seed}" / "evaluate" / policy / split / "episodes.jsonl"
-    return read_jsonl(path, Trajectory)[0][0]
+    return read_jsonl(path, Trajectory)[0]
 
 
 def shading(page: Any) -> list[str]:

@@ -101,6 +101,27 @@ def test_a_vanished_output_is_named(tmp_path):
         make(tmp_path / "b", {}, {"a": tmp_path / "a"})
 
 
+@pytest.mark.parametrize("text", ["", '{"key": "', "[]"])
+def test_a_broken_manifest_counts_for_nothing(tmp_path, text):
+    make(tmp_path / "a", {"k": 1})
+    (tmp_path / "a" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds no finished output; run the stage `a` first"):
+        make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+    assert make(tmp_path / "a", {"k": 1})
+    assert make(tmp_path / "b", {}, {"a": tmp_path / "a"})
+
+
+@pytest.mark.parametrize("broken", ["{broken}\n", "[1]\n", '{"id": "cut'])
+def test_a_broken_line_in_a_finished_stage_is_named(tmp_path, broken):
+    folder = tmp_path / "a"
+    with runs.stage(folder, settings={}):
+        write_jsonl(folder / runs.EPISODES, [trajectory()])
+    with (folder / runs.EPISODES).open("a") as file:
+        file.write(broken)
+    with pytest.raises(ValueError, match=r"episodes.jsonl, line 2: not a whole record"):
+        make(tmp_path / "b", {}, {"a": folder})
+
+
 def test_the_second_process_in_a_run_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Config(run="twice")

@@ -1,12 +1,13 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from pipeline.config import Config
 from pipeline.pairs import pair
-from pipeline.records import Trajectory, Turn, read_jsonl, write_jsonl
+from pipeline.records import EpisodeStatus, Trajectory, Turn, read_jsonl, write_jsonl
 from tests.test_pairs import expert
 from tests.test_records import trajectory
 from tests.tiny_policy import save_tiny_policy
@@ -58,26 +59,38 @@ def test_replay_finds_the_turn_that_differs(tmp_path):
     task = "sciworld:lifespan-longest-lived:0"
     with ScienceWorld() as env:
         steps = env.expert(task)
-        env.reset(options={"task": task})
+        text, _ = env.reset(options={"task": task})
         rewards = [env.step(step.action)[4]["reward"] for step in steps]
     turns = [
         Turn(text="", action=step.action, observation=step.observation, reward=reward, valid=True)
         for step, reward in zip(steps, rewards, strict=True)
     ]
     path = tmp_path / "runs" / "x" / "episodes.jsonl"
-    write_jsonl(path, [trajectory(id=task, turns=turns)])
+    whole = {"messages": [{"role": "user", "content": text}], "prompt_length": 1, "reward": 1.0, "success": True}
+    write_jsonl(path, [trajectory(id=task, turns=turns, status=EpisodeStatus.COMPLETED, **whole)])
     (path.parent / "config.yaml").write_text(yaml.safe_dump(Config().model_dump(mode="json")))
     same = tool("replay", path)
     assert same.returncode == 0, same.stderr
     assert "1 of 1 episodes replay exactly" in same.stdout
 
-    (changed,) = read_jsonl(path, Trajectory)[0]
-    changed.turns[1].observation = "You see a dragon."
-    write_jsonl(path, [changed])
+    def changed(**changes):
+        (one,) = read_jsonl(path, Trajectory)
+        return replace(one, **changes)
+
+    ghost = [*turns[:1], replace(turns[1], observation="You see a dragon."), *turns[2:]]
+    same_but = [
+        (changed(turns=ghost), f"{task}, turn 1"),
+        (changed(turns=turns + turns[-1:]), "the episode is over before it"),
+        (changed(turns=turns[:-1]), "reward and success were"),
+        (changed(success=False), "reward and success were"),
+        (changed(messages=[{"role": "user", "content": "Boil a dragon."}]), "the task was 'Boil a dragon.'"),
+    ]
+    write_jsonl(path, [one for one, _ in same_but])
     differs = tool("replay", path)
     assert differs.returncode == 1
-    assert f"{task}, turn 1" in differs.stdout
-    assert "0 of 1 episodes replay exactly" in differs.stdout
+    for line, (_, told) in zip(differs.stdout.splitlines(), same_but, strict=False):
+        assert told in line
+    assert "0 of 5 episodes replay exactly" in differs.stdout
 
 
 @pytest.mark.java

@@ -2,11 +2,14 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from envs import SPLITS
+from envs.pool import EnvPool
 from envs.webshop import STEP_LIMIT, Settings, WebShop
 from envs.webshop.expert import MISTAKES, Customer, queries, wish_of
 from envs.webshop.reward import english_nouns, tagger
@@ -14,11 +17,14 @@ from envs.webshop.server import serving
 from envs.webshop.shop import open_shop
 from envs.webshop.tasks import check, content_id, split
 from envs.webshop.text import WebShopText
-from pipeline.config import load
+from pipeline.config import PlayConfig, load
 from pipeline.experts import keep_training_tasks, read_official
+from pipeline.play import Episode, play_episodes
 from pipeline.react import action_of
+from pipeline.records import EpisodeStatus, JsonlAppender, Trajectory, read_jsonl
 from tests.env_checker import check_env
 from tests.official_webshop import RECORDINGS, SEED, lines, recorded
+from tests.planned import Planned
 
 SIZES = {"products": 400, "seen_goals": 30, "unseen_goals": 20}
 
@@ -318,6 +324,34 @@ class TestServed:
                 for action in actions:
                     assert remote.valid_actions() == env.valid_actions()
                     assert remote.step(action) == env.step(action)
+
+    @pytest.mark.slow
+    async def test_a_site_killed_in_mid_episode_costs_the_episode_one_retry_and_is_recorded_once(self, env, tmp_path):
+        """The other episode, begun while the site was there, has ended before."""
+        command = [sys.executable, "-m", "envs.webshop.server", "port=0", f"products={SIZES['products']}"]
+        site = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        url = site.stdout.readline().split()[2]
+        tasks = env.tasks("train")[:2]
+        plans = {task: [step.action for step in env.expert(task)] for task in tasks}
+
+        class Killing(Planned):
+            async def reply(self):
+                if self.episode.task == tasks[1] and not site.returncode and self.played == 1:
+                    site.kill()
+                    site.wait()
+                return await super().reply()
+
+        settings = Settings(**SIZES, url=url)
+        episodes = [Episode(task=task, kind="", split="train", policy="sft", seed=0) for task in tasks]
+        with JsonlAppender(tmp_path / "episodes.jsonl") as appender:
+            async with EnvPool(WebShop, settings, workers=1, slots=1, timeout=60) as pool:
+                await play_episodes(
+                    pool, episodes, lambda _: Killing(plans), PlayConfig(), appender, example=False, label="killed"
+                )
+        first, second = read_jsonl(tmp_path / "episodes.jsonl", Trajectory)
+        assert (first.id, first.success) == (tasks[0], True)
+        assert (second.id, second.status) == (tasks[1], EpisodeStatus.ENV_ERROR)
+        assert "the connection failed, in 6 attempts" in second.note
 
     def test_a_site_of_another_catalogue_is_noticed(self, settings):
         other = settings.model_copy(update={"catalogue_seed": 1})

@@ -75,6 +75,8 @@ class ToyEnv(TextEnv):
                 raise NoSolutionError(argument)
             case "break":
                 raise RuntimeError(argument)
+            case "disk":
+                raise OSError(28, "No space left on device", argument)
             case "print":
                 sys.stdout.write(f"{argument}\n")
                 sys.stdout.flush()

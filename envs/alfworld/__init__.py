@@ -11,20 +11,26 @@ reward 1 when the goal is reached. Ours: the instruction and the worked example 
 are spelled otherwise than the engine wants are mended (`spellings`).
 """
 
+import contextlib
+import hashlib
 import importlib.metadata
 import re
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv
+from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv, comma_list
 from envs.alfworld import games
 from envs.alfworld.games import TASK_TYPES, Dialect, Recipe, TaskType
 
 STEP_LIMITS = {"eto": 40, "react": 49}
 """Most actions of an episode: ETO's wrapper, and ReAct's prompt script, which counts from 1 to 49."""
+
+SIZES = {"train": 300, "seen": 140, "unseen": 134}
+"""Games that are generated where nothing else is said; of seen and unseen as many as there are official ones."""
 
 VERBS = {
     *("clean", "close", "cool", "examine", "go", "heat", "help", "inventory", "look", "move", "open", "put", "slice"),
@@ -95,13 +101,13 @@ class Settings(BaseModel):
     """Folder of official games (with `train`, `valid_seen` and `valid_unseen`, or with `json_2.1.*` folders that have
     them); `official`: where `alfworld-download` puts them ($ALFWORLD_DATA or ~/.cache/alfworld). Empty: games made
     here, calibrated to the official ones."""
-    train_games: int = Field(300, ge=1)
-    """Generated games of the train split, in the 108 rooms that ALFRED trains on."""
-    seen_games: int = Field(140, ge=1)
-    """Generated games of the seen split: other games in the training rooms."""
-    unseen_games: int = Field(134, ge=1)
-    """Generated games of the unseen split, in ALFRED's four unseen rooms."""
-    task_types: list[TaskType] = Field(list(TASK_TYPES), min_length=1)
+    train_games: int | None = Field(None, ge=1)
+    """Games of the train split, in the 108 rooms that ALFRED trains on. Empty: 300 generated ones, or all official."""
+    seen_games: int | None = Field(None, ge=1)
+    """Games of the seen split: other games in the training rooms. Empty: 140 generated ones, or all official."""
+    unseen_games: int | None = Field(None, ge=1)
+    """Games of the unseen split, in ALFRED's four unseen rooms. Empty: 134 generated ones, or all official."""
+    task_types: Annotated[list[TaskType], BeforeValidator(comma_list), Field(min_length=1)] = list(TASK_TYPES)
     """The types of tasks to play."""
     games_seed: int = Field(0, ge=0)
     """Another seed generates other games."""
@@ -114,27 +120,29 @@ class Settings(BaseModel):
     """Who solves the games: the package's handcoded expert, which searches, or a `plan` that knows where things are."""
     profile: Literal["eto", "react"] = "eto"
     """`eto`: 40 steps. `react`: 49 steps, and an action `think: ...` is answered by `OK.`, as in ReAct's prompts."""
-    spellings: list[Literal["case", "stop", "toggle", "put"]] = ["case", "stop", "toggle"]
+    spellings: Annotated[list[Literal["case", "stop", "toggle", "put"]], BeforeValidator(comma_list)] = [
+        *("case", "stop", "toggle")
+    ]
     """What is mended in an action that the engine does not understand as it stands: `case` capitals, `stop` a full stop
     or quotation marks, `toggle` for `use`, `put` any way to put something down."""
 
-    @field_validator("spellings", "task_types", mode="before")
-    @classmethod
-    def _comma_list(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value or []
-
     @model_validator(mode="after")
     def _only_for_generated_games(self) -> Self:
-        for key in ("train_games", "seen_games", "unseen_games", "games_seed", "dialect"):
+        for key in ("games_seed", "dialect"):
             if self.data is not None and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is for generated games and has no effect beside data={self.data}")
         return self
+
+    def most(self, split: str) -> int | None:
+        """How many games of a split are wanted, if that is said."""
+        wanted: int | None = getattr(self, f"{split}_games")
+        return wanted
 
     @property
     def recipe(self) -> Recipe:
         """What generated games are made by."""
         return Recipe(
-            sizes={split: getattr(self, f"{split}_games") for split in SPLITS},
+            sizes={split: self.most(split) or SIZES[split] for split in SPLITS},
             task_types=self.task_types,
             seed=self.games_seed,
             dialect=self.dialect or "move",
@@ -221,9 +229,7 @@ class AlfWorld(TextEnv):
         Raises:
             ValueError: no such game, or its file is not whole.
         """
-        self._load(str((options or {}).get("task", "")))
-        assert self._engine is not None
-        text = self._engine.reset()
+        text = self._begin(self._load(str((options or {}).get("task", ""))))
         self._steps, self._over, self._won = 0, False, False
         return _opening(text), self._info(valid=True)
 
@@ -258,8 +264,10 @@ class AlfWorld(TextEnv):
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
         games.check_rooms(self._index.games)
-        chosen = (game for game in self._index.games[split] if game.split("-")[0] in self._settings.task_types)
-        return [f"{self.name}:{game}" for game in chosen]
+        chosen = [game for game in self._index.games[split] if game.split("-")[0] in self._settings.task_types]
+        fair = sorted(chosen, key=lambda game: hashlib.sha256(game.encode()).digest())
+        kept = set(fair[: self._settings.most(split)])
+        return [f"{self.name}:{game}" for game in chosen if game in kept]
 
     def valid_actions(self) -> list[str]:
         """The commands that the engine understands now, sorted."""
@@ -279,7 +287,7 @@ class AlfWorld(TextEnv):
         assert self._engine is not None
         self._over = True
         task_type, params = games.task_of(file)
-        goal = self._engine.reset().rpartition("Your task is to: ")[2].rstrip(".")
+        goal = self._begin(file).rpartition("Your task is to: ")[2].rstrip(".")
         thinker, steps = Thinker(goal, task_type, params), []
         try:
             if self._settings.expert == "plan":
@@ -329,8 +337,9 @@ class AlfWorld(TextEnv):
 
     @classmethod
     def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
-        """All but the place of the games, whose hash is in the fingerprint."""
-        found: dict[str, Any] = settings.model_dump(mode="json", exclude={"data", "translate"})
+        """All but the sizes of other splits and the place of the games, whose hash is in the fingerprint."""
+        others = {f"{other}_games" for other in SPLITS if other != split}
+        found: dict[str, Any] = settings.model_dump(mode="json", exclude={"data", "translate", *others})
         return found
 
     @classmethod
@@ -340,13 +349,11 @@ class AlfWorld(TextEnv):
         Raises:
             ValueError: a verb that is in no dialect, or the other dialect where `translate` is off.
         """
-        from envs.alfworld.expert import spoken
-
         verb = next(iter(action.split()), "")
-        if verb not in VERBS:
+        if _spelled(verb, settings.spellings) not in VERBS:
             raise ValueError(f"alfworld knows no action {action!r} (verb {verb!r})")
         wanted = dialect(settings)
-        command = spoken(action, wanted)
+        command = _put_down(action, wanted)
         if command == action:
             return action, observation
         if not settings.translate:
@@ -404,40 +411,58 @@ class AlfWorld(TextEnv):
         file = self._root / games.FOLDERS[split] / name / games.GAME
         if file != self._loaded:
             self._loaded = None  # until it is whole
-            try:
-                self._engine.load(games.read_game(file), self._translations)
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}" if str(file) not in str(error) else str(error)) from None
+            game = games.read_game(file)
+            with _named(file):
+                self._engine.load(game, self._translations)
             self._loaded = file
         return file
 
+    def _begin(self, file: Path) -> str:
+        """Have the engine begin the loaded game anew; returns its first text."""
+        assert self._engine is not None
+        with _named(file):
+            return self._engine.reset()
+
     def _mended(self, action: str) -> str:
         """An action as the engine spells it, as far as the settings allow."""
-        from envs.alfworld.expert import spoken
-
         assert self._engine is not None
         admissible = self._engine.admissible
-        for kind in ("stop", "case", "toggle", "put"):
-            if action in admissible or kind not in self._settings.spellings:
-                continue
-            match kind:
-                case "stop":
-                    action = action.strip("\"'`. ")
-                case "case":
-                    action = action.lower()
-                case "toggle":
-                    action = re.sub(r"^toggle\b", "use", action)
-                case "put":
-                    action = _PUTTING.sub(
-                        lambda found: spoken(f"move {found[1]} to {found[2]}", self._index.dialect), action
-                    )
+        for kind in self._settings.spellings:
+            if action not in admissible:
+                action = _put_down(action, self._index.dialect) if kind == "put" else _spelled(action, [kind])
         return action
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say which file it is that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _opening(text: str) -> str:
     """The first observation: what comes after the welcome, room and task on a line each."""
     paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
     return "\n".join(part for part in paragraphs if not part.startswith("-= Welcome"))
+
+
+def _spelled(action: str, spellings: Sequence[str]) -> str:
+    """An action with some spellings mended, all but `put`; see `Settings.spellings`."""
+    if "stop" in spellings:
+        action = action.strip("\"'`. ")
+    if "case" in spellings:
+        action = action.lower()
+    return re.sub(r"^toggle\b", "use", action) if "toggle" in spellings else action
+
+
+def _put_down(action: str, wanted: Dialect) -> str:
+    """An action in a dialect, if it puts something down, however that is said."""
+    from envs.alfworld.expert import spoken
+
+    found = _PUTTING.fullmatch(action)
+    return spoken(f"move {found[1]} to {found[2]}", wanted) if found else action
 
 
 def _said(observation: str, wanted: Dialect) -> str:

@@ -27,11 +27,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import random
 import re
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,13 +38,14 @@ from typing import Any, ClassVar
 
 import fast_downward
 import mementos.core
-import tatsu.exceptions
 import textworld
 from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
 from fast_downward.translate import pddl
 from textworld.envs.pddl import logic as pddl_logic
 from textworld.envs.pddl import pddl as pddl_env
 from textworld.envs.pddl import textgen
+
+from envs.alfworld.games import write
 
 WELCOME = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 """How the engine opens every game."""
@@ -124,10 +123,7 @@ class Translations:
         with contextlib.suppress(OSError, zlib.error, ValueError, TypeError):  # not there, or not whole: made again
             return Translation(**json.loads(zlib.decompress(path.read_bytes())))
         made = Translation.of(domain, problem)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(zlib.compress(json.dumps(dataclasses.asdict(made)).encode(), 1))
-        os.replace(file.name, path)
+        write(path, zlib.compress(json.dumps(dataclasses.asdict(made)).encode(), 1))
         return made
 
 
@@ -146,6 +142,7 @@ class Engine:
             self._env = AlfredDemangler(env)
         self.state: Mapping[str, Any] = {}
         """TextWorld's game state after the last reset or step."""
+        self._broken = False
 
     @classmethod
     def acquire(cls) -> "Engine":
@@ -153,9 +150,10 @@ class Engine:
         return cls._idle.pop() if cls._idle else cls()
 
     def release(self) -> None:
-        """Hand the engine on."""
+        """Hand the engine on, unless it broke."""
         self.state = {}
-        self._idle.append(self)
+        if not self._broken:
+            self._idle.append(self)
 
     def load(self, game: Mapping[str, Any], translations: Translations) -> None:
         """Make `game`, the contents of a `game.tw-pddl`, the one that is played.
@@ -164,25 +162,43 @@ class Engine:
             ValueError: its PDDL or its grammar cannot be read.
         """
         mementos.core._memento_cache.clear()
-        with _untouched(), _translating(translations):
-            try:
-                self._env.load(game)
-            except (tatsu.exceptions.ParseException, json.JSONDecodeError) as error:
-                raise ValueError(f"the game's grammar cannot be read ({type(error).__name__})") from None
+        with self._reading("the game's grammar cannot be read"), _translating(translations):
+            self._env.load(game)
         self._translations = translations
 
     def reset(self, *, facts: bool = False) -> str:
-        """Begin the game anew; with `facts`, states also hold all that is true, for experts that read it."""
+        """Begin the game anew; with `facts`, states also hold all that is true, for experts that read it.
+
+        Raises:
+            ValueError: its PDDL and its grammar do not go together.
+        """
         self._requests.facts = facts
-        with _untouched(), _translating(self._translations):
+        with self._reading("the game cannot be begun"), _translating(self._translations):
             self.state = self._env.reset()
         return str(self.state["feedback"])
 
     def step(self, command: str) -> str:
         """Take a command; returns what the engine says to it."""
+        self._broken = True  # until it has answered
         with _untouched():
             self.state, _, _ = self._env.step(command)
+        self._broken = False
         return str(self.state["feedback"])
+
+    @contextlib.contextmanager
+    def _reading(self, complaint: str) -> Iterator[None]:
+        """While the library reads what a game's file says, of which it takes offence in many ways."""
+        self._broken = True
+        with _untouched():
+            try:
+                yield
+            except OSError:
+                raise  # the machine's
+            except ValueError as error:
+                raise ValueError(complaint if isinstance(error, json.JSONDecodeError) else str(error)) from None
+            except Exception as error:
+                raise ValueError(f"{complaint} ({type(error).__name__}: {error})") from None
+        self._broken = False
 
     @property
     def won(self) -> bool:

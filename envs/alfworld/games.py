@@ -14,13 +14,11 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -28,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm import tqdm
+
+from envs.processes import fresh_processes
 
 if TYPE_CHECKING:
     from envs.alfworld.generator import Draft
@@ -38,7 +38,7 @@ STORE = Path("data") / "alfworld"
 FOLDERS = {"train": "train", "seen": "valid_seen", "unseen": "valid_unseen"}
 """The folder of each split."""
 
-GAME, TRAJECTORY, INDEX = "game.tw-pddl", "traj_data.json", "index.json"
+GAME, TRAJECTORY = "game.tw-pddl", "traj_data.json"
 
 TaskType = Literal[
     "look_at_obj_in_light",
@@ -49,6 +49,9 @@ TaskType = Literal[
     "pick_two_obj_and_place",
 ]
 TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
+
+TASK_PARAMS = ("object_target", "parent_target", "toggle_target", "mrecep_target", "object_sliced")
+"""What `traj_data.json` says of a task."""
 
 Dialect = Literal["move", "put"]
 """`move X to Y` (alfworld 0.4 and its games, json_2.1.2 on) or `put X in/on Y` (json_2.1.1, and so ETO's data)."""
@@ -85,7 +88,7 @@ class Index:
     skipped: dict[str, int]
     """What else lies in the tree, counted by the reason that it is not played."""
     stamps: dict[str, list[int]]
-    """Size and time of change of every game's file when it was read."""
+    """Size and time of change of every game's two files when they were read."""
 
 
 def official_root(data: str) -> Path:
@@ -121,10 +124,12 @@ def index_of(root: Path) -> Index:
             split that the training games have, too.
     """
     kept = STORE / "indexes" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]}.json"
-    stamps = {}
+    stamps: dict[str, list[int]] = {}
     for file in sorted(root.glob(f"*/*/*/{GAME}")):
-        status = file.stat()
-        stamps[str(file.relative_to(root))] = [status.st_size, status.st_mtime_ns]
+        stamp = stamps[str(file.relative_to(root))] = []
+        for one in (file, file.parent / TRAJECTORY):
+            with contextlib.suppress(FileNotFoundError):
+                stamp += [(status := one.stat()).st_size, status.st_mtime_ns]
     with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or not whole
         index = Index(**json.loads(kept.read_text("utf-8")))
         if index.stamps == stamps:
@@ -151,9 +156,11 @@ def _read_tree(root: Path, stamps: dict[str, list[int]]) -> Index:
         if game.get("solvable") is not True:
             skipped["not solvable" if "solvable" in game else "not checked for solvability"] += 1
             continue
+        room_of(f"{root / folder}")
         games[split].append(str(folder.relative_to(folder.parts[0])))
         dialects.setdefault(dialect_of(game), name)
-        digest.update(name.encode() + hashlib.sha256(json.dumps(game, sort_keys=True).encode()).digest())
+        whole = json.dumps([game, task_of(root / name)], sort_keys=True)
+        digest.update(name.encode() + hashlib.sha256(whole.encode()).digest())
     if len(dialects) > 1:
         raise ValueError(f"{root}: games of two dialects, {' and '.join(map(str, dialects.values()))}; keep one.")
     if not dialects:
@@ -202,7 +209,8 @@ def task_of(file: Path) -> tuple[str, dict[str, Any]]:
     beside = file.parent / TRAJECTORY
     try:
         data = json.loads(beside.read_text("utf-8"))
-        return data["task_type"], dict(data["pddl_params"])
+        params = dict(data["pddl_params"])
+        return data["task_type"], {key: params[key] for key in TASK_PARAMS}
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"{beside}: not whole ({type(error).__name__}); fetch it again, or delete its folder."
@@ -215,8 +223,15 @@ def dialect_of(game: Mapping[str, Any]) -> Dialect:
 
 
 def room_of(game: str) -> int:
-    """The number of the floor plan, from a game's folder (`pick_and_place_simple-Mug-None-Shelf-5/trial_1`)."""
-    return int(game.split("/")[-2].rsplit("-", 1)[1])
+    """The number of the floor plan, from a game's folder (`pick_and_place_simple-Mug-None-Shelf-5/trial_1`).
+
+    Raises:
+        ValueError: the folder's name has none.
+    """
+    match = re.search(r"-(\d+)/[^/]+$", game)
+    if not match:
+        raise ValueError(f"{game}: its task's folder does not end with a room's number, as ALFRED's do.")
+    return int(match[1])
 
 
 def check_rooms(games: Mapping[str, list[str]]) -> None:
@@ -268,8 +283,7 @@ def folder_of(draft: "Draft") -> Path:
     params = draft.params
     what = [draft.task_type, params["object_target"], params["mrecep_target"] or "None"]
     what += [params["parent_target"] or params["toggle_target"], str(draft.scene)]
-    content = hashlib.sha256(f"{draft.goal}\0{draft.problem}".encode()).hexdigest()
-    return Path("-".join(map(str, what)), f"trial_G{content[:16]}")
+    return Path("-".join(map(str, what)), f"trial_G{draft.digest[:16]}")
 
 
 def trajectory_of(draft: "Draft") -> dict[str, Any]:
@@ -285,9 +299,15 @@ def trajectory_of(draft: "Draft") -> dict[str, Any]:
 
 
 def generated_root(recipe: Recipe) -> Path:
-    """Where the games of a recipe lie, whether they are there or not."""
-    key = json.dumps([asdict(recipe), _generator()], sort_keys=True)
+    """Where the games of a recipe lie, whether they are there or not, among others of its seed and dialect."""
+    key = json.dumps([recipe.seed, recipe.dialect, _generator()])
     return STORE / "generated" / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def generated_list(recipe: Recipe) -> Path:
+    """The index of a recipe's games, whether it is there or not."""
+    key = json.dumps([recipe.sizes, sorted(recipe.task_types)], sort_keys=True)
+    return generated_root(recipe) / f"index-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
 @cache
@@ -309,9 +329,9 @@ def generated_index(recipe: Recipe, processes: int = 1) -> tuple[Path, Index]:
     root = generated_root(recipe)
     with _locked(root):
         with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or not whole
-            return root, Index(**json.loads((root / INDEX).read_text("utf-8")))
+            return root, Index(**json.loads(generated_list(recipe).read_text("utf-8")))
         index = _generate(root, recipe, processes)
-        write(root / INDEX, json.dumps(asdict(index)))
+        write(generated_list(recipe), json.dumps(asdict(index)))
     return root, index
 
 
@@ -325,10 +345,9 @@ def _generate(root: Path, recipe: Recipe, processes: int) -> Index:
     ]
     waiting = [(root / FOLDERS[split] / folder_of(draft), draft, recipe.dialect) for split, draft in drafts]
     waiting = [one for one in waiting if not (one[0] / GAME).is_file()]
-    context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(waiting), desc="alfworld: checking new games", unit="game", disable=None)
     skipped: Counter[str] = Counter()
-    with ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else contextlib.nullcontext() as pool:
+    with fresh_processes(processes) if processes > 1 else contextlib.nullcontext() as pool:
         for reason in (pool.map if pool else map)(_ship, waiting, **({"chunksize": 4} if pool else {})):
             bar.update()
             skipped[reason] += bool(reason)
@@ -359,12 +378,12 @@ def _ship(job: tuple[Path, "Draft", Dialect]) -> str:
     return ""
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         try:
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
         except BaseException:
             os.unlink(file.name)
             raise

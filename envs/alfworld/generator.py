@@ -12,6 +12,7 @@ Where a generated game differs from an official one:
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
 import random
@@ -185,7 +186,12 @@ class Draft:
     goal: str
     """The task's sentence without its full stop."""
     problem: str
-    """The initial state and the goal, `(define (problem plan_<name>) (:domain alfred) ...)`."""
+    """The initial state and the goal, `(define (problem plan) (:domain alfred) ...)`."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of the sentence, the state and the goal: what makes it this game and no other."""
+        return hashlib.sha256(f"{self.goal}\0{self.problem}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +220,10 @@ class Room:
 
 
 def generate(split: str, size: int, seed: int, types: Sequence[str] = tuple(TYPES.values())) -> list[Draft]:
-    """Games of a split, the same for the same arguments in any process.
+    """Games of a split, the same for the same arguments in any process, in the order of their contents' hashes.
 
-    Types, and kinds of rooms within a type, come in the official split's shares; rooms of a kind take turns.
+    Types, and kinds of rooms within a type, come in the official split's shares; rooms of a kind take turns. Another
+    size, or other types, give the same games and more of them, or fewer.
 
     Args:
         split: train, seen (the same 108 rooms, other games) or unseen (rooms 10, 219, 308 and 424).
@@ -231,27 +238,24 @@ def generate(split: str, size: int, seed: int, types: Sequence[str] = tuple(TYPE
         raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(MIX)}")
     if size < 0:
         raise ValueError(f"size is {size}; it counts games and cannot be negative")
-    rng = random.Random(f"alfworld {split} {size} {seed}")
-    slots: list[tuple[str, int, int]] = []
+    drafts: list[Draft] = []
     by_type = shares({name: sum(kinds.values()) for name, kinds in MIX[split].items() if TYPES[name] in types}, size)
     for name, number in by_type.items():
-        scenes: list[int] = []
-        for kind, rooms in shares(MIX[split][name], number).items():
-            scenes += _take_turns(_rooms_for(TYPES[name], kind, split), rooms, rng)
-        rng.shuffle(scenes)
-        slots += [(TYPES[name], scene, i % 2) for i, scene in enumerate(scenes)]
-    rng.shuffle(slots)
-    return [draw(*slot, f"{split}_{seed}_{i}", rng) for i, slot in enumerate(slots)]
+        for place, (kind, count) in enumerate(shares(MIX[split][name], number).items()):
+            rng = random.Random(f"alfworld {split} {seed} {name} {kind}")
+            rooms = _rooms_for(TYPES[name], kind, split)
+            order = rng.sample(rooms, len(rooms))
+            drafts += [draw(TYPES[name], order[i % len(order)], (place + i) % 2, rng) for i in range(count)]
+    return sorted(drafts, key=lambda draft: draft.digest)
 
 
-def draw(task_type: str, scene: int, wording: int, name: str, rng: random.Random) -> Draft:
+def draw(task_type: str, scene: int, wording: int, rng: random.Random) -> Draft:
     """One game of a type in a room.
 
     Args:
         task_type: ALFRED's name of the type.
         scene: the floor plan's number; one of `ROOMS`.
         wording: 0 or 1, which of the type's two sentences states the goal.
-        name: the problem's name.
         rng: decides everything else.
 
     Raises:
@@ -279,7 +283,7 @@ def draw(task_type: str, scene: int, wording: int, name: str, rng: random.Random
         },
         scene=scene,
         goal=goal["templates"][wording].format(**{key: word.lower() for key, word in words.items()}),
-        problem=_problem(name, facts, goal["pddl"].format(**words)),
+        problem=_problem(facts, goal["pddl"].format(**words)),
     )
 
 
@@ -517,14 +521,14 @@ def _start(room: Room, rng: random.Random) -> Fact:
             return "atLocation", "agent1", location
 
 
-def _problem(name: str, facts: Iterable[Fact], goal: str) -> str:
+def _problem(facts: Iterable[Fact], goal: str) -> str:
     """A PDDL problem; its objects are what its facts speak of, and what alfred.pddl takes for granted."""
     facts = list(facts)
     objects = {f"{word} - {kind}" for fact in facts for word, kind in zip(fact[1:], SIGNATURES[fact[0]], strict=True)}
     declared = "\n".join(sorted(objects.union(NAMED_BY_DOMAIN)))
     init = "\n".join(f"({' '.join(fact)})" for fact in facts)
     goal = goal.replace("#", "-").strip()  # it ends with the bracket that closes the problem
-    return f"(define (problem plan_{name})\n(:domain alfred)\n(:objects\n{declared}\n)\n(:init\n{init}\n)\n{goal}\n"
+    return f"(define (problem plan)\n(:domain alfred)\n(:objects\n{declared}\n)\n(:init\n{init}\n)\n{goal}\n"
 
 
 def shares(weights: Mapping[str, int], size: int) -> dict[str, int]:
@@ -534,12 +538,6 @@ def shares(weights: Mapping[str, int], size: int) -> dict[str, int]:
     for name in sorted(weights, key=lambda name: -(size * weights[name] % total))[: size - sum(parts.values())]:
         parts[name] += 1
     return parts
-
-
-def _take_turns(scenes: list[int], size: int, rng: random.Random) -> list[int]:
-    """`size` rooms, each as often as any other or once more, the lucky ones at random."""
-    order = rng.sample(scenes, len(scenes))
-    return [order[i % len(order)] for i in range(size)]
 
 
 def _rooms_for(task_type: str, kind: str, split: str) -> list[int]:

@@ -22,6 +22,9 @@ MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 PAGES = 2
 """Pages of results that it looks through before it tries other words."""
 
+KEYWORDS = 0.1
+"""Share of customers who type keywords; the others type what they would say."""
+
 _CEILING = re.compile(r",? and price lower than [\d.]+ dollars$")
 _OPENING = re.compile(
     r"^(?:please |can you |could you |help me )*(?:i am|i'm|i)?\s*(?:would|'d)?\s*"
@@ -66,14 +69,11 @@ def wish_of(instruction: str) -> str:
 
 def queries(goal: Goal, chance: random.Random) -> list[str]:
     """Words to search for, those to try first at the front, as different people would choose them."""
-    wish = re.sub(r"[^\w\s./&%'-]", " ", wish_of(goal["instruction_text"]))
-    brief, words = wish.partition(". ")[0], wish.replace(". ", " ").split()
-    ways = [
-        " ".join(words),
-        " ".join(word for word in words if word not in _IDLE),
-        " ".join(word for word in brief.split() if word not in _IDLE),
-    ]
+    wish = re.sub(r"[\[\]]", " ", wish_of(goal["instruction_text"]))
+    words = " ".join(word for word in re.findall(r"[^\s,.()]+(?:\.\d+)?", wish) if word not in _IDLE)
+    ways = [wish, wish.partition(". ")[0]]  # all of it, and what was said first
     chance.shuffle(ways)
+    ways.insert(0 if chance.random() < KEYWORDS else 2, words)
     return list(dict.fromkeys([*ways, " ".join([*goal["attributes"], goal["query"], *values_of(goal)])]))
 
 

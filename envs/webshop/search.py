@@ -16,11 +16,9 @@ are, and cost one division for each pair instead of one for each document.
 
 import itertools
 import math
-import multiprocessing
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix
 
+from envs.processes import fresh_processes
 from envs.webshop import analyzer
 from envs.webshop.analyzer import analyze
 from envs.webshop.store import prepare
@@ -241,7 +240,7 @@ def _counted(texts: Iterable[list[str]], processes: int) -> Iterator[_Counted]:
     if processes < 2:
         yield from map(_count, texts)
         return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with fresh_processes(processes) as pool:
         waiting = [pool.submit(_count, chunk) for chunk in itertools.islice(texts, 2 * processes)]
         while waiting:
             yield waiting.pop(0).result()

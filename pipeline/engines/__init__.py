@@ -14,9 +14,9 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +95,13 @@ class EngineSettings(BaseModel):
     threads: int = Field(default=1, ge=1)
     """CPU threads of the engine, where there is no GPU. With 1, ids do not depend on what else is in the batch, and
     simulators keep the other cores; raise it for models above some 100M parameters."""
+
+    @model_validator(mode="after")
+    def _of_vllm_alone(self) -> Self:
+        if self.name == "hf":
+            of_vllm = type(self).model_fields.keys() - {"name", "dtype"}
+            refuse_inert(self, sorted(of_vllm), "with engine.name=hf")
+        return self
 
 
 def load_engine(settings: EngineSettings, path: Path, max_length: int, end_token_ids: Sequence[int]) -> Engine:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, refuse_inert
+from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt
 
 
 class HfEngine:
@@ -33,8 +33,6 @@ class HfEngine:
         settings: EngineSettings | None = None,
     ) -> None:
         settings = settings or EngineSettings(name="hf")
-        inert = ("concurrency", "kv_cache_gib", "gpu_memory", "tensor_parallel", "eager", "threads")
-        refuse_inert(settings, inert, "with engine.name=hf")
         self.max_length = max_length
         self._ends = frozenset(end_token_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
