@@ -23,7 +23,7 @@ import yaml
 
 from pipeline import runs
 from pipeline.config import Config
-from pipeline.records import EpisodeStatus, Pair, Trajectory, atomic_write, read_jsonl
+from pipeline.records import EpisodeStatus, Pair, Trajectory, atomic_write, read_jsonl, recover_jsonl
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +163,7 @@ def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Tr
 
 def read_log(path: Path) -> list[Row]:
     """The lines of a training log by rising step; of a step that was logged twice (a resumed run) the last one."""
-    lines = read_jsonl(path, Row) if path.is_file() else []
+    lines = recover_jsonl(path, Row)[0] if path.is_file() else []  # a run's log may still be growing
     by_step = {line["step"]: line for line in lines if "step" in line}
     return [by_step[step] for step in sorted(by_step)]
 

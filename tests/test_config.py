@@ -69,7 +69,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["env="], "env.names: Value should have at least 1 item"),
         (["engine.name=hf", "engine.concurrency=4"], "engine.concurrency has no effect with engine.name=hf"),
         (["experts.source=x.json", "env=sciworld,webshop"], "experts.source holds the data of one environment"),
-        (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=1000 decides"),
+        (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=700 decides"),
         (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=trajectory has no gamma"),
         (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
         (["env=alfworld", "env.sciworld.heap_mb=600"], "has no effect: the run plays alfworld"),

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import importlib
 import random
 import subprocess
 import sys
@@ -32,7 +33,11 @@ def hf(policy):
 
 @pytest.fixture(scope="session")
 def vllm(policy):
-    """One engine for all tests here; the second of its process, since a stage too starts one after the other."""
+    """One engine for all tests here; the second of its process, since a stage too starts one after the other.
+
+    The process has imported Flask, whose proxies vLLM's start stumbles over.
+    """
+    importlib.import_module("flask")
     load_engine(EngineSettings(), policy, 2048, [END]).close()
     engine = load_engine(EngineSettings(kv_cache_gib=0.5), policy, 2048, [END])
     yield engine

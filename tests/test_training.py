@@ -305,7 +305,7 @@ def test_reference_logprobs_come_in_the_order_of_the_pairs():
 @pytest.mark.parametrize("method", Discount)
 def test_preference_training_learns(method, tmp_path):
     model, pairs = tiny_model(), toy_pairs()
-    config = PreferenceConfig(**PREFERENCE | {"epochs": 5})
+    config = PreferenceConfig(**PREFERENCE | {"epochs": 8})
     reference = training.reference_turn_logprobs(model, pairs, config)
     facts = training.run_preference(model, pairs, reference, method, config, tmp_path, seed=0)
     last = log_of(tmp_path)[-1]

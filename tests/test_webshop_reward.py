@@ -205,20 +205,19 @@ class TestMatching:
 
 
 class TestNouns:
-    def test_the_first_spacy_model_that_is_there(self, monkeypatch):
+    def test_the_largest_spacy_model_that_is_there(self, monkeypatch):
         class Model:
-            name = "spacy 0 en_core_web_md 0"
-
             def __init__(self, model):
-                if model != "en_core_web_md":
-                    raise ImportError(model)
+                self.name = model
 
             def __call__(self, title):
                 return [title]
 
         monkeypatch.setattr(module, "SpacyNouns", Model)
+        installed = {"spacy", "en_core_web_md", "en_core_web_sm"}
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name if name in installed else None)
         nouns = english_nouns.__wrapped__()
-        assert nouns.name == Model.name
+        assert nouns.name == "en_core_web_md"
         assert nouns("lamp") == ("lamp",)
 
     def test_textblob_without_spacy(self, monkeypatch):

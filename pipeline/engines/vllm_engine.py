@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, refuse_inert
 
@@ -244,7 +245,8 @@ def running_vllm(path: Path, max_length: int, settings: EngineSettings) -> Itera
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         with torch.compiler.set_stance(stance):
-            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            with _tolerant_kernel_search():
+                engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             try:
                 yield engine
             finally:
@@ -254,6 +256,25 @@ def running_vllm(path: Path, max_length: int, settings: EngineSettings) -> Itera
                 cleanup_dist_env_and_memory()  # collects garbage too, which frees the weights and the cache
     finally:
         _running.release()
+
+
+@contextlib.contextmanager
+def _tolerant_kernel_search() -> Iterator[None]:
+    """Let vLLM start in a process that has imported Flask.
+
+    On a CPU, vLLM asks every attribute of every loaded module for a `__dict__` (vllm/triton_utils/dispatcher.py,
+    _rebind_kernels), and Flask's `request` answers with a RuntimeError outside a request, which ends vLLM's start.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def has(value: object, name: str) -> bool:
+        try:
+            return hasattr(value, name)
+        except RuntimeError:
+            return False
+
+    with mock.patch.object(dispatcher, "hasattr", has, create=True):
+        yield
 
 
 def _prepare(path: Path, max_length: int, settings: EngineSettings) -> tuple[dict[str, Any], str]:
