@@ -283,8 +283,11 @@ def _explain(error: ValidationError, source: str) -> str:
     """The first complaint of a validation as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:  # keys that contradict each other
+        return f"{source}: {message}."
     if first["type"] != "extra_forbidden":
-        return f"{source}: {key}: {first['msg'].removeprefix('Value error, ')} (given: {first['input']!r})."
+        return f"{source}: {key}: {message} (given: {first['input']!r})."
     near = difflib.get_close_matches(key, [name for name, _, _ in describe(Config)], n=1, cutoff=0.5)
     return f"{source}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} --help lists every key."
 
