@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """Width of the new model; its feed-forward layers are three times as wide."""
     layers: int = Field(4, ge=2)
     """Decoder layers of the new model; its induction heads take two (pipeline/induction.py)."""
-    heads: int = Field(4, ge=1)
-    """Attention heads of the new model."""
+    heads: int = Field(4, ge=2)
+    """Attention heads of the new model; its induction heads take two."""
     lora_rank: int = Field(0, ge=0)
     """Rank of LoRA adapters on every linear layer; 0 trains all weights. With LoRA the reference is the base model with
     the adapter off."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +30,10 @@ from pipeline.rendering import TINY_CHAT_TEMPLATE, TINY_ROLE_TOKENS, TINY_SPECIA
 
 ADAPTER = "adapter"
 """Folder of the LoRA adapter inside a saved policy."""
+
+_PIECE = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+ ?|\s+"
+"""What a token of a new tokenizer stays within. GPT-2's pieces, but that punctuation keeps the space that follows it: a
+value is then written alike on a page (`[SEP] dark wash [SEP]`) and in an action (`click[dark wash]`)."""
 
 
 def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[Any, Any]:
@@ -74,7 +78,8 @@ def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[An
     )
     with _seeded(seed):
         model = LlamaForCausalLM(sizes)
-    induction.install(model, seed)
+    spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    induction.install(model, [token.removeprefix("Ġ") for token in spellings], seed)  # Ġ: ByteLevel's space
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
@@ -174,7 +179,12 @@ def reference_mode(model: Any) -> Iterator[None]:
 
 def _train_tokenizer(config: ModelConfig, texts: Iterable[str]) -> Any:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECE), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,

@@ -258,9 +258,9 @@ class TestExperts:
         target = task.split("-")[1].lower()
         steps = env.expert(task)
         goal = env.reset(options={"task": task})[0].rpartition("Your task is to: ")[2].rstrip(".")
-        assert steps[0].thought.startswith(f"To {goal}, I look for a {target} at the ")
+        assert steps[0].thought.startswith(f"To {goal}, I look for a {target}. I try a ")
         (take,) = [step for step in steps if step.action.startswith("take")]
-        assert take.thought == f"I see the {target} {take.action.split()[2]}. To {goal}, I take it."
+        assert take.thought == f"I see a {target} {take.action.split()[2]}. To {goal}, I take it."
         assert any(step.thought.startswith("I have the") and "To cool it" in step.thought for step in steps)
 
     def test_dialects_translate_back_and_forth(self):

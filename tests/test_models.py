@@ -59,13 +59,45 @@ def test_a_new_policy_repeats_what_it_has_read_before_it_has_learned_anything():
     assert right[:, 100:].float().mean() > 0.9
 
 
-def test_its_first_head_attends_to_the_token_before():
+def test_two_tokens_tell_apart_what_one_does_not():
+    model, _ = new_policy(ModelConfig(vocabulary=400, layers=2), CORPUS, seed=0)
+    a, b, x, rest = 30, 40, 50, list(range(100, 120))
+    ids = torch.tensor([[*rest, a, x, 70, *rest[::-1], b, x, 80, a, x]])  # after x came 70, and last of all 80
+    with torch.no_grad():
+        assert model(input_ids=ids).logits[0, -1].argmax() == 70
+        ids[0, -2] = b
+        assert model(input_ids=ids).logits[0, -1].argmax() == 80
+
+
+@pytest.mark.parametrize(("head", "distance"), [(0, 1), (1, 2)])
+def test_its_first_heads_attend_to_the_tokens_before(head, distance):
     model, _ = new_policy(ModelConfig(vocabulary=400, layers=2), CORPUS, seed=1)
     model.set_attn_implementation("eager")
     ids = torch.randint(model.config.vocab_size, (1, 500), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        attention = model(input_ids=ids, output_attentions=True).attentions[0][0, 0]
-    assert (attention.diagonal(-1) > 0.98).all()
+        attention = model(input_ids=ids, output_attentions=True).attentions[0][0, head]
+    assert (attention.diagonal(-distance) > 0.98).all()
+
+
+def test_a_word_is_known_again_with_a_space_before_it():
+    model, tokenizer = new_policy(ModelConfig(vocabulary=400, layers=2), CORPUS, seed=0)
+    places = tokenizer.get_vocab()
+    pairs = [(places[word], places["Ġ" + word]) for word in places if "Ġ" + word in places]
+    codes = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[:, 1:])
+    without, spaced = (codes[list(ids)] for ids in zip(*pairs, strict=True))
+    assert ((without * spaced).sum(1) > 0.6).all()
+    assert (without @ spaced.T).fill_diagonal_(0).mean().abs() < 0.05
+
+
+def test_a_value_is_cut_alike_on_a_page_and_in_an_action():
+    _, tokenizer = new_policy(
+        ModelConfig(), ["[SEP] dark wash [SEP] B0ABCDEF [SEP] click[dark wash] click[B0ABCDEF]"], 0
+    )
+    for value in ("dark wash", "B0ABCDEF"):
+        cut = tokenizer.tokenize(value)
+        page, action = tokenizer.tokenize(f"[SEP] {value} [SEP]"), tokenizer.tokenize(f"Action: click[{value}]")
+        assert any(page[start : start + len(cut)] == cut for start in range(len(page)))
+        assert any(action[start : start + len(cut)] == cut for start in range(len(action)))
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary():
@@ -114,6 +146,12 @@ def test_a_new_policy_leaves_the_generator_alone():
 def test_a_new_policy_trains_all_its_weights_even_with_lora():
     model, _ = new_policy(LORA, CORPUS, seed=0)
     assert all(weight.requires_grad and "lora" not in name for name, weight in model.named_parameters())
+
+
+def test_pieces_of_text_are_put_together_again():
+    text = "  two  spaces,no space ; tab\tline\n\nünï 漢字 1.50$ [SEP] click[x-large]"
+    _, tokenizer = new_policy(SIZES, CORPUS, seed=0)
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

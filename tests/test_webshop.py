@@ -214,14 +214,14 @@ class TestExperts:
         for action, goal in zip(found, goals, strict=True):
             assert all(word in goal["instruction_text"] for word in action[len("search[") : -1].split())
 
-    def test_thoughts_follow_from_the_wish_and_from_the_page(self, env):
+    def test_thoughts_follow_from_the_goal_and_from_the_page(self, env):
         task = next(one for one in env.tasks("train") if len(env.expert(one)) == 5)
         goal = env._shop.goals[int(task.split("-")[1])]
         search, look, first, _, buy = env.expert(task)
-        assert search.thought.startswith("I am to buy ")
-        assert look.thought == f"{goal['asin']}, {env._shop.products[goal['asin']]['Title']}, may be it, so I open it."
+        assert search.thought == "I search for what I am to buy."
+        assert look.thought == f"{goal['asin']} may be it, so I open it."
         assert first.thought == f"I want {goal['goal_options'][0]}, so I choose it."
-        assert buy.thought.endswith(f"and I may pay up to ${goal['price_upper']:.2f}. I buy it.")
+        assert buy.thought.endswith(f", lower than {goal['price_upper']:.2f} dollars. I buy it.")
 
     def test_noise_makes_near_misses_and_nothing_else(self, settings):
         with WebShop(settings.model_copy(update={"noise": 1.0})) as env:

@@ -60,21 +60,20 @@ EXAMPLE = [
         "You are in the middle of a room. Looking quickly around you, you see a countertop 1, a drawer 2, a drawer 1, "
         "a garbagecan 1, a handtowelholder 2, a handtowelholder 1, a sinkbasin 2, a sinkbasin 1, a toilet 1, "
         "a toiletpaperhanger 1, and a towelholder 1.\nYour task is to: put a clean cloth in countertop.",
-        "Thought: To put a clean cloth in countertop, I look for a cloth at the drawer 1.\nAction: go to drawer 1",
+        "Thought: To put a clean cloth in countertop, I look for a cloth. I try a drawer 1.\nAction: go to drawer 1",
     ),
     ("Observation: The drawer 1 is closed.", "Thought: The drawer 1 is closed, so I open it.\nAction: open drawer 1"),
     (
         "Observation: You open the drawer 1. The drawer 1 is open. In it, you see nothing.",
-        "Thought: To put a clean cloth in countertop, I look for a cloth at the toilet 1.\nAction: go to toilet 1",
+        "Thought: I see a cloth nowhere, so I try a toilet 1.\nAction: go to toilet 1",
     ),
     (
         "Observation: On the toilet 1, you see a cloth 1, a spraybottle 1, and a toiletpaper 2.",
-        "Thought: I see the cloth 1. To put a clean cloth in countertop, I take it.\n"
-        "Action: take cloth 1 from toilet 1",
+        "Thought: I see a cloth 1. To put a clean cloth in countertop, I take it.\nAction: take cloth 1 from toilet 1",
     ),
     (
         "Observation: You pick up the cloth 1 from the toilet 1.",
-        "Thought: I have the cloth 1. To clean it, I go to the sinkbasin 1.\nAction: go to sinkbasin 1",
+        "Thought: I have the cloth 1. To clean it, I go to a sinkbasin 1.\nAction: go to sinkbasin 1",
     ),
     (
         "Observation: On the sinkbasin 1, you see nothing.",
@@ -82,7 +81,7 @@ EXAMPLE = [
     ),
     (
         "Observation: You clean the cloth 1 using the sinkbasin 1.",
-        "Thought: I have the cloth 1. To put a clean cloth in countertop, I go to the countertop 1.\n"
+        "Thought: I have the cloth 1. To put a clean cloth in countertop, I go to a countertop 1.\n"
         "Action: go to countertop 1",
     ),
     (

@@ -203,7 +203,11 @@ def _next(agent: Any, state: Mapping[str, Any], last: str, chance: random.Random
 
 
 class Thinker:
-    """Says in a sentence why an expert's next command follows from the task and from what was observed."""
+    """Says in a sentence or two why an expert's next command follows from the task and from what was observed.
+
+    Each thought begins with what decides: is the thing that is looked for in sight? A policy that has to name the thing
+    there finds the answer where the observation names it too.
+    """
 
     def __init__(self, goal: str, task_type: str, params: Mapping[str, Any]) -> None:
         """Begin with the sentence of the goal, without its full stop."""
@@ -213,6 +217,7 @@ class Thinker:
         self._verb = APPLIANCES.get(task_type, ("", ""))[0]
         self._seen: dict[str, str] = {}
         """Places of the objects of the target's class that were seen and not taken."""
+        self._searching = False
         self._holding = ""
         self._treated = False
         self._placed = 0
@@ -227,31 +232,38 @@ class Thinker:
             case "open":
                 return f"The {thing} is closed, so I open it."
             case "close":
-                return f"I close the {thing} again."
+                return f"{self._sight()}, so I close the {thing} again."
             case "take":
-                return f"I see the {thing}. To {self._goal}, I take it."
+                return f"I see a {thing}. To {self._goal}, I take it."
             case "move":
                 return f"To {self._goal}, I leave the {thing} here."
             case "clean" | "heat" | "cool":
                 return f"Here I can {verb} the {thing}."
             case "use":
-                return f"To {self._goal}, I turn on the {self._lamp}."
+                return f"I see a {thing}. To {self._goal}, I turn it on."
             case "examine":
                 return f"I look closer at the {thing}."
             case _:
                 return "I look around."
 
+    def _sight(self) -> str:
+        """What the expert has, or does not see."""
+        return f"I have the {self._holding}" if self._holding else f"I see a {self._target} nowhere"
+
     def _go(self, place: str) -> str:
         if self._holding and self._lamp:
-            return f"I have the {self._holding}. To {self._goal}, I look for a {self._lamp} at the {place}."
+            return f"I have the {self._holding}. I see a {self._lamp} nowhere, so I try a {place}."
         if self._holding and self._verb and not self._treated:
-            return f"I have the {self._holding}. To {self._verb} it, I go to the {place}."
+            return f"I have the {self._holding}. To {self._verb} it, I go to a {place}."
         if self._holding:
-            return f"I have the {self._holding}. To {self._goal}, I go to the {place}."
+            return f"I have the {self._holding}. To {self._goal}, I go to a {place}."
         if known := next((name for name, where in self._seen.items() if where == place), None):
-            return f"To {self._goal}, I go back to the {known} that I saw at the {place}."
-        wanted = f"{'second' if self._placed else ''} {self._target}".strip()
-        return f"To {self._goal}, I look for a {wanted} at the {place}."
+            return f"I see a {self._target} nowhere, but I saw the {known} at the {place}."
+        if self._searching:
+            return f"{self._sight()}, so I try a {place}."
+        self._searching = True
+        wanted = f"{'another' if self._placed else 'a'} {self._target}"
+        return f"To {self._goal}, I look for {wanted}. I try a {place}."
 
     def observe(self, command: str, observation: str) -> None:
         """Hear what came of a command."""
@@ -264,7 +276,7 @@ class Thinker:
                 self._seen.pop(self._holding, None)
             case "move":
                 self._placed += rest[0] == self._target and rest[3] == self._parent
-                self._holding, self._treated = "", False
+                self._holding, self._treated, self._searching = "", False, False
             case "clean" | "heat" | "cool":
                 self._treated = True
             case "go" | "open" | "examine":

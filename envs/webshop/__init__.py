@@ -49,18 +49,16 @@ _BOTTLE = (
 EXAMPLE = [  # made up: no catalogue has these products
     (
         f"WebShop [SEP] {_WANTED} Search",
-        "Thought: I am to buy a leak proof sports bottle in blue, so I search for it.\n"
-        "Action: search[leak proof sports bottle blue]",
+        "Thought: I search for what I am to buy.\nAction: search[leak proof sports bottle blue]",
     ),
     (
         f"Observation: {_WANTED} Back to Search [SEP] Page 1 (Total results: 50) [SEP] Next > [SEP] B0EXAMPLES [SEP] "
         "Norinby Modern Leak Proof Sports Bottle for Gym [SEP] $18.99 [SEP] B0EXEMPLAR [SEP] Kelaford Pro Bpa Free "
         "Sports Bottle with Straw [SEP] $22.99",
-        "Thought: B0EXAMPLES, Norinby Modern Leak Proof Sports Bottle for Gym, may be it, so I open it.\n"
-        "Action: click[B0EXAMPLES]",
+        "Thought: B0EXAMPLES may be it, so I open it.\nAction: click[B0EXAMPLES]",
     ),
     (_BOTTLE, "Thought: I want blue, so I choose it.\nAction: click[blue]"),
-    (_BOTTLE, "Thought: It costs $18.99, and I may pay up to $40.00. I buy it.\nAction: click[Buy Now]"),
+    (_BOTTLE, "Thought: Price: $18.99, lower than 40.00 dollars. I buy it.\nAction: click[Buy Now]"),
 ]
 
 _COMMAND = re.compile(r"(?:search|click)\[.+\]", re.DOTALL)

@@ -25,7 +25,7 @@ PAGES = 2
 KEYWORDS = 0.1
 """Share of customers who type keywords; the others type what they would say."""
 
-_CEILING = re.compile(r",? and price lower than [\d.]+ dollars$")
+_CEILING = re.compile(r",? and price (lower than [\d.]+ dollars)$")
 _OPENING = re.compile(
     r"^(?:please |can you |could you |help me )*(?:i am|i'm|i)?\s*(?:would|'d)?\s*"
     r"(?:like|need|want|looking|look|find|show|get|buy|searching|interested)\b"
@@ -89,7 +89,6 @@ class Customer:
     def __init__(self, goal: Goal, limit: int, chance: random.Random, mistake: Mistake | None = None) -> None:
         """Have a goal and so many steps, and perhaps make a mistake."""
         self._goal, self._mistake = goal, mistake
-        self._wish = wish_of(goal["instruction_text"]).partition(". ")[0]
         self._queries = queries(goal, chance)
         self._values = [] if mistake == "no option" else values_of(goal)
         self._chance = chance
@@ -113,7 +112,7 @@ class Customer:
         query = self._queries[self._searched % len(self._queries)]
         self._searched += 1
         if self._searched == 1:
-            return f"I am to buy {self._wish}, so I search for it.", f"search[{query}]"
+            return "I search for what I am to buy.", f"search[{query}]"
         return "It was not there, so I try other words.", f"search[{query}]"
 
     def _look(self, page: Page) -> tuple[str, str]:
@@ -124,7 +123,7 @@ class Customer:
             asin = wanted
             if self._mistake == "another product" and len(listed) > 1:
                 asin = self._chance.choice([one for one in listed if one != wanted])
-            return f"{asin}, {self._title(page, asin)}, may be it, so I open it.", f"click[{asin}]"
+            return f"{asin} may be it, so I open it.", f"click[{asin}]"
         spare = self._left - 2 - len(self._values)  # to search again, to look, to open, to choose and to buy
         if self._page < PAGES and "next >" in page.targets and spare > 1 and listed:
             self._page += 1
@@ -132,10 +131,6 @@ class Customer:
         if not listed or (self._searched < len(self._queries) and spare > 2):
             return "It is not among these results, so I go back.", "click[Back to Search]"
         return "None of these is just right, so I open the first.", f"click[{listed[0]}]"
-
-    def _title(self, page: Page, asin: str) -> str:
-        """The title that the page shows below an asin."""
-        return page.strings[page.strings.index(asin) + 1].strip()
 
     def _choose(self, page: Page) -> tuple[str, str]:
         """Choose the next wanted value, then buy."""
@@ -161,9 +156,7 @@ class Customer:
         return [key for key, target in page.targets.items() if target.name == name and key != value]
 
     def _paying(self, page: Page) -> str:
-        """What it says of the price."""
-        price = next((text.removeprefix("Price: ") for text in page.strings if text.startswith("Price: ")), "")
+        """What it says of the price, in the words of the page and of the instruction."""
+        price = next((text for text in page.strings if text.startswith("Price: ")), "Price: unknown")
         ceiling = _CEILING.search(self._goal["instruction_text"])
-        if not ceiling:
-            return f"It costs {price}. I buy it."
-        return f"It costs {price}, and I may pay up to ${self._goal['price_upper']:.2f}. I buy it."
+        return f"{price}, {ceiling.group(1)}. I buy it." if ceiling else f"{price}. I buy it."
