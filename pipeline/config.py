@@ -174,6 +174,9 @@ class PlayConfig(Section):
     max_malformed: int | None = Field(None, ge=1)
     """Give an episode up after this many malformed replies in a row (status `parse_error`). Empty: never, as the
     paper."""
+    max_invalid: int | None = Field(None, ge=1)
+    """Give an episode up after this many steps in a row that were not possible, malformed replies among them (status
+    `stuck`). Empty: never, as the paper."""
 
 
 class RolloutConfig(Section):

@@ -186,7 +186,7 @@ async def play_episode(
     player.begin(messages)
     turns: list[Turn] = []
     status = None
-    engine_seconds, malformed = 0.0, 0
+    engine_seconds, malformed, invalid = 0.0, 0, 0
     while status is None:
         asked = time.perf_counter()
         reply = await player.reply()
@@ -197,6 +197,7 @@ async def play_episode(
         action = react.action_of(reply.text)
         malformed = malformed + 1 if action == envs.MALFORMED else 0
         answer, _, terminated, truncated, info = await env.step(action)
+        invalid = 0 if info["valid"] else invalid + 1
         if turns:
             messages.append(react.observation(turns[-1].observation))
         messages.append(react.assistant(reply.text))
@@ -217,6 +218,8 @@ async def play_episode(
             status = EpisodeStatus.MAX_STEPS
         elif play.max_malformed is not None and malformed >= play.max_malformed:
             status = EpisodeStatus.PARSE_ERROR
+        elif play.max_invalid is not None and invalid >= play.max_invalid:
+            status = EpisodeStatus.STUCK
     return Trajectory(
         id=episode.task,
         env=pool.env.name,

@@ -38,6 +38,8 @@ class EpisodeStatus(StrEnum):
     """The next prompt and reply would not fit into the model's context."""
     PARSE_ERROR = "parse_error"
     """Given up after `max_malformed` malformed replies in a row."""
+    STUCK = "stuck"
+    """Given up after `max_invalid` steps in a row that were not possible."""
     ENV_ERROR = "env_error"
     """The environment broke, twice; `Trajectory.note` says how."""
     TIMEOUT = "timeout"

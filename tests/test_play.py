@@ -107,6 +107,16 @@ async def test_malformed_replies_in_a_row_end_the_episode_where_the_recipe_says_
     assert strict.reward == pytest.approx(1 / 3)
 
 
+async def test_steps_in_a_row_that_are_not_possible_end_the_episode_where_the_recipe_says_so(tmp_path, renderer):
+    replies = ["Action: fly", "Action: up", "no", "Action: fly", "Action: up"]
+    (patient,) = await play(tmp_path / "a", scripted(renderer, replies))
+    assert [turn.valid for turn in patient.turns] == [False, True, False, False, True]
+    rules = PlayConfig(max_tokens=40, max_invalid=2)
+    (strict,) = await play(tmp_path / "b", scripted(renderer, replies), rules=rules)
+    assert (strict.status, len(strict.turns)) == (EpisodeStatus.STUCK, 4)
+    assert strict.reward == pytest.approx(1 / 3)
+
+
 async def test_an_unknown_action_is_answered_and_counted_as_invalid(tmp_path, renderer):
     (one,) = await play(tmp_path, scripted(renderer, ["Action: fly", "Action: up", "Action: down"]))
     assert [turn.valid for turn in one.turns] == [False, True, True]
