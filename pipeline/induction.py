@@ -37,8 +37,9 @@ NEIGHBOUR = 12.0
 """Nats by which a head of layer 0 prefers the token at its distance to those beside it."""
 MATCH, LONGER_MATCH = 25.0, 15.0
 """Nats by which a place after the present token is preferred, and by which more if the token before is the same too."""
-APART = 0.5
-"""How far tokens of one spelling are from each other, beside 1 for what they share."""
+APART = 1.0
+"""How far tokens of one spelling are from each other, beside 1 for what they share: near enough that a search begins in
+an instruction's words, far enough that ` fume` is not said for `fume`."""
 GAIN = 8.0
 """How loudly the heads say what comes next: loud enough that one of ten candidates is louder than habit."""
 

@@ -85,7 +85,7 @@ def test_a_word_is_known_again_with_a_space_before_it():
     pairs = [(places[word], places["Ġ" + word]) for word in places if "Ġ" + word in places]
     codes = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach()[:, 1:])
     without, spaced = (codes[list(ids)] for ids in zip(*pairs, strict=True))
-    assert ((without * spaced).sum(1) > 0.6).all()
+    assert ((without * spaced).sum(1) > 0.2).all()
     assert (without @ spaced.T).fill_diagonal_(0).mean().abs() < 0.05
 
 

@@ -220,7 +220,8 @@ class TestExperts:
         search, look, first, _, buy = env.expert(task)
         assert search.thought == "I search for what I am to buy."
         assert look.thought == f"{goal['asin']} may be it, so I open it."
-        assert first.thought == f"I want {goal['goal_options'][0]}, so I choose it."
+        assert first.thought.endswith(f": {goal['goal_options'][0]}. I choose it.")
+        assert first.thought.partition(":")[0] in ("color", "size", "scent", "style", "flavor name", "fit type")
         assert buy.thought.endswith(f", lower than {goal['price_upper']:.2f} dollars. I buy it.")
 
     def test_noise_makes_near_misses_and_nothing_else(self, settings):

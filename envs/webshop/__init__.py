@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any, Literal, Self
 
 from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, TextEnv
+from envs.webshop.goals import CEILING
 from envs.webshop.settings import Settings
 
 __all__ = ["STEP_LIMIT", "Settings", "WebShop"]
@@ -57,12 +58,11 @@ EXAMPLE = [  # made up: no catalogue has these products
         "Sports Bottle with Straw [SEP] $22.99",
         "Thought: B0EXAMPLES may be it, so I open it.\nAction: click[B0EXAMPLES]",
     ),
-    (_BOTTLE, "Thought: I want blue, so I choose it.\nAction: click[blue]"),
+    (_BOTTLE, "Thought: color: blue. I choose it.\nAction: click[blue]"),
     (_BOTTLE, "Thought: Price: $18.99, lower than 40.00 dollars. I buy it.\nAction: click[Buy Now]"),
 ]
 
 _COMMAND = re.compile(r"(?:search|click)\[.+\]", re.DOTALL)
-_CEILING = re.compile(r",? and price lower than [\d.]+ dollars(?= \[SEP\]|$)")
 
 
 @lru_cache(maxsize=1)
@@ -72,7 +72,7 @@ def _numbers_by_wish(dumped: str) -> dict[str, list[int]]:
 
     found: dict[str, list[int]] = {}
     for number, goal in enumerate(open_shop(Settings.model_validate_json(dumped)).goals):
-        found.setdefault(_CEILING.sub("", goal["instruction_text"]), []).append(number)
+        found.setdefault(CEILING.sub("", goal["instruction_text"]), []).append(number)
     return found
 
 
@@ -141,7 +141,7 @@ class WebShop(TextEnv):
         self._steps, self._reward, self._over = 0, 0.0, False
         self._goal = self._shop.goals[number]
         wanted = self._goal["instruction_text"]
-        if self._settings.url and _CEILING.sub("", wanted).strip() not in text:
+        if self._settings.url and CEILING.sub("", wanted).strip() not in text:
             raise ValueError(
                 f"{self._settings.url} has another goal under number {number} than this catalogue, which asks for "
                 f"{wanted!r}: env.webshop.data has to be the catalogue of that site."
@@ -291,7 +291,7 @@ class WebShop(TextEnv):
         task = str(item["conversations"][2]["value"])
         wanted = task.partition("Instruction: [SEP] ")[2].removesuffix(" [SEP] Search")
         goals = open_shop(settings).goals
-        found = _numbers_by_wish(settings.model_dump_json()).get(_CEILING.sub("", wanted), [])
+        found = _numbers_by_wish(settings.model_dump_json()).get(CEILING.sub("", wanted), [])
         session = re.search(r"\d+$", str(item.get("id")))
         if session and int(session[0]) in found:
             found = [int(session[0])]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from envs.webshop.goals import Goal
+from envs.webshop.goals import CEILING, Goal
 from envs.webshop.reward import matched_options
 from envs.webshop.text import Page
 
@@ -25,7 +25,6 @@ PAGES = 2
 KEYWORDS = 0.1
 """Share of customers who type keywords; the others type what they would say."""
 
-_CEILING = re.compile(r",? and price (lower than [\d.]+ dollars)$")
 _OPENING = re.compile(
     r"^(?:please |can you |could you |help me )*(?:i am|i'm|i)?\s*(?:would|'d)?\s*"
     r"(?:like|need|want|looking|look|find|show|get|buy|searching|interested)\b"
@@ -63,7 +62,7 @@ def wish_of(instruction: str) -> str:
     >>> wish_of("i am looking for a red mug, and price lower than 20.00 dollars")
     'a red mug'
     """
-    asked = _CEILING.sub("", instruction).strip(" .")
+    asked = CEILING.sub("", instruction).strip(" .")
     return _OPENING.sub("", asked) or asked
 
 
@@ -142,7 +141,7 @@ class Customer:
                 others = self._beside(found, page)
                 found = self._chance.choice(others) if others else found
             if found:
-                return f"I want {wanted}, so I choose it.", f"click[{found}]"
+                return f"{page.targets[found].name}: {wanted}. I choose it.", f"click[{found}]"
         return self._paying(page), "click[Buy Now]"
 
     def _like(self, wanted: str, values: Sequence[str]) -> str | None:
@@ -158,5 +157,5 @@ class Customer:
     def _paying(self, page: Page) -> str:
         """What it says of the price, in the words of the page and of the instruction."""
         price = next((text for text in page.strings if text.startswith("Price: ")), "Price: unknown")
-        ceiling = _CEILING.search(self._goal["instruction_text"])
+        ceiling = CEILING.search(self._goal["instruction_text"])
         return f"{price}, {ceiling.group(1)}. I buy it." if ceiling else f"{price}. I buy it."

@@ -18,6 +18,7 @@ the global generator with 4 (`run_envs/run_web_agent_text_env.py` does).
 import bisect
 import itertools
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ Profile = Literal["official", "fixed"]
 SHUFFLE_SEED = 233
 CEILINGS = tuple(10.0 * step for step in range(1, 100))
 NO_CEILING = 1000000
+CEILING = re.compile(r",? and price (lower than [\d.]+ dollars)(?= \[SEP\]|$)")
+"""The clause that an instruction ends with where its goal has a price ceiling; on a page a separator follows."""
 
 _OF_INSTRUCTION = ("instruction", "instruction_attributes", "instruction_options")
 
