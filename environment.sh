@@ -37,7 +37,8 @@ install_into() { # torch by pip, which knows where its own settings say CPU buil
   fi
   index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
   if [ -n "$index" ]; then export UV_DEFAULT_INDEX=$index; fi
-  "$python" -m uv pip install --quiet --python "$python" --editable ".[$extra,test]"
+  # Compiled now, or every stage of a container that sets PYTHONDONTWRITEBYTECODE compiles vLLM anew: 5 s a start.
+  "$python" -m uv pip install --quiet --compile-bytecode --python "$python" --editable ".[$extra,test]"
 }
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && usable python; then

@@ -71,7 +71,7 @@ def test_bad_official_data_are_refused_with_their_place(tmp_path, item, complain
 
 def test_a_source_that_is_not_there_or_no_json_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"experts.source: .*nothere.json is no file"):
-        main(load("tiny", [f"experts.source={tmp_path / 'nothere.json'}"]))
+        main(load("tiny", ["env=sciworld", f"experts.source={tmp_path / 'nothere.json'}"]))
     (tmp_path / "cut.jsonl").write_text(json.dumps(GOOD))
     with pytest.raises(ValueError, match="the last line has no end"):
         read_official(ToyEnv, Settings(), tmp_path / "cut.jsonl")
