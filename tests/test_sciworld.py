@@ -15,18 +15,16 @@ import envs
 from envs import MALFORMED, SPLITS
 from envs.pool import EnvironmentFailure, EnvPool
 from envs.sciworld import (
-    DOORS,
     EXAMPLE,
     INSTRUCTION,
     STEP_LIMITS,
     TASKS,
     VERBS,
-    Jvm,
     ScienceWorld,
     Settings,
-    _room_walks,
 )
-from envs.sciworld_expert import RULES, plans, think
+from envs.sciworld.expert import RULES, plans, think
+from envs.sciworld.simulator import DOORS, Jvm, _room_walks
 from tests.env_checker import check_class, check_env
 from tests.test_pool import descendants, killed_parent, wait_gone
 
