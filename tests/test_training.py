@@ -125,7 +125,8 @@ def test_a_step_starts_with_its_longest_example():
 def test_accumulation_does_not_matter(kind, tmp_path):
     one, facts = KINDS[kind](tmp_path / "8x1", micro_batch_size=8)
     other, other_facts = KINDS[kind](tmp_path / "1x8", micro_batch_size=1)
-    assert_same_run(one, other, tmp_path / "8x1", tmp_path / "1x8", rtol=1e-3, atol=1e-4)
+    # A step moves a weight by 3e-3, whatever its gradient's size: where that is next to 0, rounding decides.
+    assert_same_run(one, other, tmp_path / "8x1", tmp_path / "1x8", rtol=1e-3, atol=5e-4)
     assert facts["steps"] == other_facts["steps"] == 4  # 13 examples, 8 a step, 2 epochs
     assert facts["tokens"] == other_facts["tokens"]
 
