@@ -10,7 +10,6 @@ take some minutes and about 1 GB of disk.
 
 import argparse
 import json
-import multiprocessing
 import resource
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from envs.processes import fresh_processes
 from envs.webshop.search import open_index
 
 QUERIES = 300
@@ -33,11 +33,13 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = []
-    context = multiprocessing.get_context("spawn")
     for size in args.documents:
-        with tempfile.TemporaryDirectory() as folder, context.Pool(1, maxtasksperchild=1) as pool:
-            built = pool.apply(_build, (Path(folder) / "index", size, args.processes))
-            rows.append({"documents": size} | built | pool.apply(_search, (Path(folder) / "index", size)))
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"documents": size}
+            for measure, more in ((_build, (args.processes,)), (_search, ())):
+                with fresh_processes(1) as process:
+                    row |= process.submit(measure, Path(folder) / "index", size, *more).result()
+            rows.append(row)
     names = list(rows[0])
     print("".join(f"{name:>14}" for name in names))
     for row in rows:
