@@ -26,7 +26,10 @@ started=$SECONDS
 source environment.sh
 if [ $((SECONDS - started)) -ge 5 ]; then echo "Set-up: $((SECONDS - started)) s" >&2; fi
 
-for stage in experts sft rollout pairs reference train evaluate report; do
+rounds=$(python -m pipeline rounds "$recipe" "$@")
+explore=()
+for ((round = 0; round < rounds; round++)); do explore+=(rollout pairs reference train); done
+for stage in experts sft "${explore[@]}" evaluate report; do
   launch=python
   case $stage in sft | reference | train) launch=${DMPO_LAUNCH:-python} ;; esac # e.g. accelerate launch --num_processes 8
   $launch -m pipeline "$stage" "$recipe" "$@"

@@ -22,6 +22,7 @@ TOOLS = {
     "doctor": "what works on this machine, and what mends the rest",
     "inspect": "a trajectory or pair with its tokens coloured by turn",
     "replay": "recorded episodes through their environment again, comparing",
+    "rounds": "how often a recipe explores, pairs and trains",
 }
 
 

@@ -4,7 +4,8 @@ Every key is a field below with a default and a docstring; `--help` prints them,
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from envs.alfworld import Settings as AlfWorldSettings
 from envs.sciworld import Settings as ScienceWorldSettings
 from envs.webshop.settings import Settings as WebShopSettings
 from pipeline.engines import EngineSettings
-from pipeline.methods import Discount
+from pipeline.methods import Method
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -52,6 +53,9 @@ class EnvConfig(Section):
         AfterValidator(_distinct),
     ] = ["sciworld"]
     """The environments of the run, one after the other."""
+    dev_tasks: int = Field(0, ge=0)
+    """Training tasks, spread over their kinds, that are set aside as the split `dev`: nothing is learned from them, and
+    what is to be chosen (`choose` of an arm) is chosen by them, never by seen or unseen."""
     example: bool = True
     """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
     alfworld: AlfWorldSettings = AlfWorldSettings()
@@ -215,7 +219,50 @@ class PreferenceConfig(TrainingConfig):
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference policy."""
     gamma: float = Field(0.7, ge=0, le=1)
-    """Discount over turns; `trajectory` and `mean` have none."""
+    """Discount over turns; `dpo`, `dpo_norm` and `mean` have none."""
+    nll: float = Field(0.0, ge=0)
+    """Weight of an SFT term beside the preference loss: the winner's mean negative log-prob a token. It keeps the
+    winner likely where the loss alone would only make the loser less so."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs taken to be labelled the wrong way round (conservative DPO)."""
+    rounds: int = Field(1, ge=1)
+    """Rounds of exploring, pairing and training; each explores with the policy of the one before and goes on from it.
+    `eto` has at least two."""
+    reference: Literal["renewed", "kept"] = "renewed"
+    """The reference of a later round: the policy that explored it, or policy 0 throughout."""
+
+
+class RftConfig(TrainingConfig):
+    """Rejection-sampled fine-tuning, `method=rft`: SFT that goes on from policy 0, on experts and its own successes."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(64, gt=0)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    min_reward: float = Field(1.0, gt=0, le=1)
+    """Least reward of an explored trajectory that is learned from; equal ones of a task count once."""
+
+
+class BonConfig(Section):
+    """Best of n at evaluation, `method=bon`."""
+
+    samples: int = Field(10, ge=2)
+    """Attempts at each task, of which the best counts."""
+    temperature: float = Field(0.7, gt=0)
+    """Sampling temperature."""
+
+
+class StepConfig(Section):
+    """Step-level preferences, `method=step`: policy 0 goes on from every step of an expert."""
+
+    samples: int = Field(3, ge=1)
+    """Rollouts from each step; their mean reward is what the expert's step before is worth."""
+    tasks: int | None = Field(None, ge=1)
+    """Only the experts of this many of the explored tasks, drawn by the seed. Empty: of all."""
+    min_gap: float = Field(0.01, gt=0, le=1)
+    """Least difference between what the expert's step is worth and what the policy's is."""
+    with_trajectories: bool = False
+    """Whether the pairs of whole trajectories are trained on as well: IPR's mixture of step and outcome loss."""
 
 
 class EvaluateConfig(Section):
@@ -225,6 +272,9 @@ class EvaluateConfig(Section):
         list[Literal["seen", "unseen"]], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)
     ] = ["seen", "unseen"]
     """The splits to play."""
+    env: dict[str, Any] = {}
+    """Keys of the section `env` that are other ones when policies are evaluated than when they learn, as
+    `{sciworld.simplification: ""}`: what a change of the environment costs."""
     tasks: int | None = Field(None, ge=1)
     """Play only this many tasks of a split, spread evenly over its kinds. Empty: all."""
 
@@ -236,10 +286,13 @@ class Config(Section):
     """Name of the run's folder under runs/; empty: the recipe's name."""
     seed: Annotated[list[Seed], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)] = [0]
     """Seeds; each is a whole run of its own, and the table averages over them."""
-    method: Annotated[list[Discount], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)] = [
-        Discount.DMPO
-    ]
-    """Preference losses to train with, each from the same SFT policy and pairs; `trajectory` is DPO / ETO."""
+    method: Annotated[list[Method], BeforeValidator(comma_list), AfterValidator(_distinct)] = [Method.DMPO]
+    """Methods to compare, each from the same SFT policy: sft, bon, rft, dpo, eto, dpo_norm, dmpo, dmpo_printed, mean,
+    reversed, permuted, matched, step (pipeline/methods.py says what each is)."""
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$")], dict[str, Any]] = {}
+    """Further policies of the run, by name: the keys that differ, as `{dmpo+nll: {method: dmpo, train.nll: 0.3}}`. What
+    does not differ is shared with the other policies: SFT, exploration, pairs. With `choose: {train.gamma: [0.5, 0.9]}`
+    among them there is one policy a value (of several keys: a combination), and the best on `dev` is taken."""
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineSettings = EngineSettings()
@@ -250,6 +303,9 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     pairs: PairsConfig = PairsConfig()
     train: PreferenceConfig = PreferenceConfig()
+    rft: RftConfig = RftConfig()
+    bon: BonConfig = BonConfig()
+    step: StepConfig = StepConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -258,10 +314,73 @@ class Config(Section):
             raise ValueError("experts.source holds the data of one environment; name one with env=")
         return self
 
+    @model_validator(mode="after")
+    def _whole_arms(self) -> "Config":
+        for name, keys in self.arms.items():
+            if name in {"random", "expert", "sft", *self.method}:
+                raise ValueError(f"arms.{name}: the run has a policy of this name already")
+            if shared := sorted(key for key in keys if key.partition(".")[0] in SHARED or key in ("env", "env.names")):
+                raise ValueError(f"arms.{name}: {shared[0]} is the whole run's and cannot differ for one policy")
+            own, choices = choices_of(keys)
+            if choices and not self.env.dev_tasks:
+                raise ValueError(f"arms.{name}: choose needs a dev split; set env.dev_tasks")
+            try:
+                methods = {method for one in [{}, *choices] for method in self.differing(own | one).method}
+                self.differing(own).when_evaluated  # noqa: B018
+            except ValidationError as error:
+                raise ValueError(_explain(error, f"arms.{name}").removesuffix(".")) from None
+            if "method" not in own or len(methods) != 1:
+                raise ValueError(f"arms.{name}: an arm has one method, as in {{method: dmpo, train.beta: 0.5}}")
+        return self
+
+    def differing(self, keys: Mapping[str, Any]) -> "Config":
+        """This recipe with other values for some dotted keys, and without arms.
+
+        Raises:
+            ValidationError: a key or value that a run cannot have.
+            ValueError: a key that lies in no section.
+        """
+        tree = self.model_dump(mode="json") | {"arms": {}}
+        for key, value in keys.items():
+            _put(tree, key, value)
+        return Config.model_validate(tree)
+
+    @property
+    def when_evaluated(self) -> "Config":
+        """This recipe with `evaluate.env` in force."""
+        return self.differing({f"env.{key}": value for key, value in self.evaluate.env.items()})
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path("runs") / self.run
+
+
+def choices_of(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The keys of an arm without `choose`, and every combination of values that `choose` gives to pick from.
+
+    >>> choices_of({"method": "dmpo", "choose": {"train.gamma": [0.5, 0.9]}})
+    ({'method': 'dmpo'}, [{'train.gamma': 0.5}, {'train.gamma': 0.9}])
+    """
+    own = {key: value for key, value in keys.items() if key != "choose"}
+    grid = keys.get("choose") or {}
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError("choose: name keys and for each a list of values, as in {train.gamma: [0.5, 0.9]}")
+    return own, [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
+
+
+SHARED = ("run", "seed", "arms", "workers")
+"""Keys that no arm can have for itself."""
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put the value of `a.b.c` into nested dicts."""
+    path = key.split(".") if key != "env" else ["env", "names"]
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"{key}: {part} is no section.")
+    tree[path[-1]] = value
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -269,15 +388,8 @@ def _set(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ValueError(f"{override!r} is no override; write key=value, as in seed=1.")
-    path = key.split(".")
-    if path == ["env"]:
-        path = ["env", "names"]
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{override!r}: {part} is no section.")
     try:
-        tree[path[-1]] = yaml.safe_load(text) if text else None
+        _put(tree, key, yaml.safe_load(text) if text else None)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is no YAML ({str(error).splitlines()[0]}).") from None
 
@@ -340,13 +452,17 @@ def _inert(key: str, config: Config) -> str | None:
     steps = {"sft.epochs": config.sft.max_steps, "train.epochs": config.train.max_steps}.get(key)
     if steps is not None:
         return f"{section}.max_steps={steps} decides; set that to nothing ({section}.max_steps=)"
-    if key == "train.gamma" and not any(method.uses_gamma for method in config.method):
+    if key == "train.gamma" and not config.arms and not any(_has_gamma(method) for method in config.method):
         return f"method={','.join(config.method)} has no gamma"
     if key == "model.lora_alpha" and not config.model.lora_rank:
         return "model.lora_rank is 0"
     if key == "env.alfworld.expert" and config.experts.source is not None:
         return "the experts come from experts.source"
     return None
+
+
+def _has_gamma(method: Method) -> bool:
+    return method.discount is not None and method.discount.uses_gamma
 
 
 def beside(file: Path) -> Config:

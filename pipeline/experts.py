@@ -41,7 +41,9 @@ def main(config: Config) -> None:
         if source and not source.is_file():
             raise ValueError(f"experts.source: {source} is no file.")
         section = jobs.section(config, env)
-        settings = runs.settings_of(config.experts, env=jobs.env_settings(config, env, "train"))
+        settings = runs.settings_of(
+            config.experts, env=jobs.env_settings(config, env, "train"), dev_tasks=config.env.dev_tasks
+        )
         for seed in config.seed:
             folder = runs.seed_folder(config, name, seed) / "experts"
             inputs = {"experts.source": source} if source else {}
@@ -70,7 +72,7 @@ async def solve(
     """
     job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
     async with jobs.open_pool(config, env) as pool:
-        tasks = await jobs.chosen_tasks(job, pool, env)
+        tasks = await jobs.chosen_tasks(job, pool, env, config.env.dev_tasks)
         earlier, half_written = recover_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
         done = {one.id for one in earlier}
         episodes = [
@@ -113,7 +115,8 @@ async def keep_training_tasks(
     """
     async with jobs.open_pool(config, env) as pool:
         async with pool.session() as session:
-            split_of = {task: split for split in envs.SPLITS for task in await session.call("tasks", split)}
+            splits = await jobs.tasks_by_split(session, config.env.dev_tasks)
+            split_of = {task: split for split, tasks in splits.items() for task in tasks}
             kept = [one for one in published if split_of.get(one.id) == "train"]
             for one in kept:
                 one.kind = await session.call("kind", one.id)

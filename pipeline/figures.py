@@ -50,6 +50,7 @@ TITLES = {
     "margin": "Margin",
     "accuracy": "Accuracy",
     "kl": "KL to the reference (nats a turn)",
+    "nll": "Negative log-prob of a token",
     "logprob": "Log-prob of the trajectory",
     "logp": "Log-prob of the trajectory",
     "reward": r"$\Phi$ of the trajectory",

@@ -7,6 +7,7 @@ checkpoint are played by one engine process, which then exits: no engine ever se
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import os
 import random
 import time
@@ -20,16 +21,20 @@ from typing import Any
 from pydantic import BaseModel
 
 import envs
-from envs.pool import EnvPool
+from envs.pool import EnvPool, Session
 from envs.processes import fresh_processes
 from pipeline import runs
+from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.methods import Method
 from pipeline.play import Episode, ExpertPlayer, Player, PolicyPlayer, RandomPlayer, play_episodes
 from pipeline.records import JsonlAppender, Trajectory, read_jsonl, recover_jsonl, write_jsonl
 
 EPISODES = runs.EPISODES
 BASELINES = ("random", "expert")
 """Who plays beside the policies: chance, and the environment's own solutions."""
+LEARNT = ("train", "dev")
+"""Splits that are made of the environment's training tasks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +47,7 @@ class Job:
     policy: str
     """`random`, `expert`, or the name of a trained policy."""
     split: str
+    """`train`, `seen`, `unseen`, or `dev`, the training tasks that are set aside."""
     temperature: float = 0.0
     top_p: float = 1.0
     samples: int = 1
@@ -59,6 +65,7 @@ def settings(config: Config, job: Job) -> dict[str, Any]:
     return runs.settings_of(
         *([config.play] if served else []),
         env=env_settings(config, env, job.split),
+        dev_tasks=config.env.dev_tasks if job.split in LEARNT else 0,
         example=config.env.example and served,
         max_length=config.model.max_length if served else None,
         engine=config.engine.model_dump(include={"name", "dtype", "threads", "eager"}) if served else None,
@@ -77,6 +84,7 @@ def section(config: Config, env: type[envs.TextEnv]) -> BaseModel:
 def env_settings(config: Config, env: type[envs.TextEnv], split: str) -> dict[str, Any]:
     """What the episodes of a split depend on of their environment: settings, version and data."""
     settings = section(config, env)
+    split = "train" if split in LEARNT else split
     return env.relevant(settings, split) | {"fingerprint": env.fingerprint(settings)}
 
 
@@ -88,11 +96,33 @@ def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
     return EnvPool(env, settings, workers=workers.processes, slots=workers.slots, timeout=workers.timeout)
 
 
-def evaluation(config: Config, env: str, seed: int, policy: str) -> list[Job]:
-    """The jobs that evaluate one policy: greedy, one episode a task."""
-    folder = runs.seed_folder(config, env, seed) / "evaluate" / policy
+def evaluation(arm: Arm, env: str, seed: int, splits: Sequence[str] | None = None) -> list[Job]:
+    """The jobs that evaluate an arm, on the splits of its recipe if none are named: greedy, one episode a task.
+
+    `bon` plays as many at a temperature as it chooses from.
+    """
+    config, folder = arm.config, arm.folder(env, seed, "evaluate")
+    several = arm.method == Method.BON
     return [
-        Job(folder=folder / split, env=env, seed=seed, policy=policy, split=split, limit=config.evaluate.tasks)
+        Job(
+            folder=folder / split,
+            env=env,
+            seed=seed,
+            policy=arm.name,
+            split=split,
+            limit=config.evaluate.tasks,
+            temperature=config.bon.temperature if several else 0.0,
+            samples=config.bon.samples if several else 1,
+        )
+        for split in splits or config.evaluate.splits
+    ]
+
+
+def baseline(config: Config, env: str, seed: int, name: str) -> list[Job]:
+    """The jobs of one of the baselines on the splits of a recipe."""
+    folder = runs.seed_folder(config, env, seed) / "evaluate" / name
+    return [
+        Job(folder=folder / split, env=env, seed=seed, policy=name, split=split, limit=config.evaluate.tasks)
         for split in config.evaluate.splits
     ]
 
@@ -177,7 +207,7 @@ async def _play_job(
     path = job.folder / EPISODES
     done, dropped = recover_jsonl(path, Trajectory) if path.is_file() else ([], 0)
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
-    tasks = await chosen_tasks(job, pool, env)
+    tasks = await chosen_tasks(job, pool, env, config.env.dev_tasks)
     episodes = [
         Episode(task=task, kind=kind, split=job.split, policy=job.policy, seed=job.seed, sample=sample)
         for task, kind in tasks.items()
@@ -209,17 +239,15 @@ async def _play_job(
     }
 
 
-async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> dict[str, str]:
-    """The tasks of a job with their kinds, in a fixed order.
+async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv], dev_tasks: int = 0) -> dict[str, str]:
+    """The tasks of a job with their kinds, in a fixed order; `dev_tasks` of the training tasks are set aside.
 
     Raises:
         ValueError: the splits of the environment share a task, or the job's has none.
     """
     async with pool.session() as session:
-        splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
-        kinds = {task: await session.call("kind", task) for task in splits[job.split]}
-    check_disjoint(splits)
-    tasks = splits[job.split]
+        tasks = (await tasks_by_split(session, dev_tasks))[job.split]
+        kinds = {task: await session.call("kind", task) for task in tasks}
     if not tasks:
         raise ValueError(f"{job.env} has no tasks in the split {job.split}; is a part of its data missing?")
     if job.only:
@@ -231,6 +259,20 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv]) -> dict
     else:
         tasks = spread(tasks, job.limit, kinds.__getitem__)
     return {task: kinds[task] for task in tasks}
+
+
+async def tasks_by_split(session: Session, dev_tasks: int) -> dict[str, list[str]]:
+    """The tasks of train, dev, seen and unseen; `dev_tasks` of the environment's training tasks are dev's.
+
+    Raises:
+        ValueError: the splits of the environment share a task.
+    """
+    splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
+    check_disjoint(splits)
+    kinds = {task: await session.call("kind", task) for task in splits["train"]} if dev_tasks else {}
+    dev = set_aside(splits["train"], dev_tasks, kinds.__getitem__) if dev_tasks else set()
+    parts = {split: [task for task in splits["train"] if (task in dev) == (split == "dev")] for split in LEARNT}
+    return splits | parts
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> None:
@@ -246,6 +288,12 @@ def check_disjoint(splits: dict[str, list[str]]) -> None:
                 raise ValueError(
                     f"Task {task} is in both {owner[task]} and {split}; a policy would be tested on it twice."
                 )
+
+
+def set_aside(tasks: Sequence[str], number: int, kind: Callable[[str], str]) -> set[str]:
+    """So many of the tasks, spread over their kinds; which ones depends on their ids alone, for every seed alike."""
+    shuffled = sorted(tasks, key=lambda task: hashlib.sha256(task.encode()).digest())
+    return set(spread(shuffled, number, kind))
 
 
 def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) -> list[str]:

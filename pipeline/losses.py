@@ -129,6 +129,7 @@ def preference_loss(
     weights_chosen: Tensor,
     weights_rejected: Tensor,
     beta: float,
+    label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
     """The multi-turn preference loss, a value a pair.
 
@@ -143,17 +144,22 @@ def preference_loss(
         weights_chosen: [B, T_w] from `discount`.
         weights_rejected: [B, T_l].
         beta: how strongly the policy is held to the reference, above 0.
+        label_smoothing: share of pairs taken to be labelled the wrong way round (conservative DPO, Mitchell 2023,
+            https://ericmitchell.ai/cdpo.pdf, eq. 3), in [0, 0.5).
 
     Raises:
-        ValueError: beta is not above 0, or shapes do not go together.
+        ValueError: beta or label_smoothing is out of range, or shapes do not go together.
     """
     if not beta > 0:
         raise ValueError(f"beta={beta} must be above 0.")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 0.5).")
     chosen_rewards = _reward(policy_chosen, reference_chosen, weights_chosen, beta)
     rejected_rewards = _reward(policy_rejected, reference_rejected, weights_rejected, beta)
     # Eq 14 (general phi) and Eq 16 (as printed): -log sigma( Phi(tau_w) - Phi(tau_l) ).
     logits = chosen_rewards - rejected_rewards
-    return PreferenceLoss(-F.logsigmoid(logits), logits, chosen_rewards, rejected_rewards)
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return PreferenceLoss(losses, logits, chosen_rewards, rejected_rewards)
 
 
 def _reward(policy: Tensor, reference: Tensor, weights: Tensor, beta: float) -> Tensor:

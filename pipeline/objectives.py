@@ -43,10 +43,14 @@ class PreferenceObjective:
     - `kl`: how far the policy has gone from the reference, in nats a turn, on the rejected trajectories: mean over
       turns of r - 1 - log r, r = policy / reference (Schulman's k3, http://joschu.net/blog/kl-approx.html). Never
       negative and of low variance near 0. It would estimate KL(reference || policy) if these turns were a fair sample
-      of the reference at temperature 1; they are those that lost, and a few are the expert's.
+      of the reference at temperature 1; they are those that lost, and a few are the expert's;
+    - `chosen_nll`, the winner's mean negative log-prob a token, which `nll` times is added to the loss.
     """
 
     beta: float
+    label_smoothing: float = 0.0
+    nll: float = 0.0
+    """Weight of the SFT term (Pang et al. 2024, arXiv 2404.19733, eq. 2), whose mean is over tokens here."""
 
     def items(self, example: tuple[Side, ...]) -> int:
         """How many items of the step an example is."""
@@ -63,8 +67,11 @@ class PreferenceObjective:
             chosen["weights"],
             rejected["weights"],
             self.beta,
+            self.label_smoothing,
         )
-        loss = (losses * batch["weight"]).sum()
+        tokens = (chosen["turn_index"] >= 0).sum(1).clamp(min=1)
+        chosen_nll = -logprobs[0].sum(1) / tokens
+        loss = ((losses + self.nll * chosen_nll) * batch["weight"]).sum()
         with torch.no_grad():
             pairs = (batch["weight"] > 0).float()
             sides = [_present_turns(batch, 0), _present_turns(batch, 1)]
@@ -76,6 +83,7 @@ class PreferenceObjective:
                 "rejected_reward": _over(rejected_rewards, pairs),
                 "margin": _over(logits, pairs),
                 "accuracy": _over((logits > 0).float(), pairs),
+                "chosen_nll": _over(chosen_nll, pairs),
                 "kl": _over(ratio.expm1() - ratio, sides[1]),
                 "chosen_logprob_by_turn": _by_turn(logprobs[0], sides[0]),
                 "rejected_logprob_by_turn": _by_turn(logprobs[1], sides[1]),

@@ -6,9 +6,11 @@ length, and that every trajectory which makes no pair is counted with the reason
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from pipeline import jobs, react, runs
+from pipeline import arms, jobs, react, runs
+from pipeline.arms import Arm
 from pipeline.config import Config, PairsConfig
 from pipeline.records import Pair, Trajectory, read_jsonl, write_jsonl
 
@@ -16,24 +18,33 @@ PAIRS = "pairs.jsonl"
 
 
 def main(config: Config) -> None:
-    """Write the pairs of each environment and seed."""
+    """Write the pairs of each environment and seed, for every way of making them and every round."""
     for env in config.env.names:
         for seed in config.seed:
-            folder = runs.seed_folder(config, env, seed)
-            inputs = {"experts": folder / "experts", "rollout": folder / "rollout"}
-            with runs.stage(folder / "pairs", settings=runs.settings_of(config.pairs), inputs=inputs) as stage:
-                if stage.done:
-                    continue
-                experts = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
-                explored = read_jsonl(folder / "rollout" / jobs.EPISODES, Trajectory)
-                pairs, dropped = build(experts, explored, config.pairs)
-                if not pairs:
-                    raise ValueError(
-                        f"{env}, seed {seed}: none of {len(explored)} explored trajectories makes a pair "
-                        f"({_told(dropped)}); explore more tasks (rollout.tasks) or at a higher rollout.temperature."
-                    )
-                write_jsonl(stage.folder / PAIRS, pairs)
-                stage.facts.update(facts(pairs, dropped))
+            done: set[Path] = set()
+            for arm in arms.preferring(config):
+                for number in arm.open_rounds(env, seed):
+                    if (folder := arm.folder(env, seed, "pairs", number)) not in done:
+                        done.add(folder)
+                        _stage(arm, env, seed, number)
+
+
+def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
+    inputs = {"experts": arm.folder(env, seed, "experts"), "rollout": arm.folder(env, seed, "rollout", number)}
+    settings = runs.settings_of(arm.config.pairs)
+    with runs.stage(arm.folder(env, seed, "pairs", number), settings=settings, inputs=inputs) as stage:
+        if stage.done:
+            return
+        experts = read_jsonl(inputs["experts"] / jobs.EPISODES, Trajectory)
+        explored = read_jsonl(inputs["rollout"] / jobs.EPISODES, Trajectory)
+        pairs, dropped = build(experts, explored, arm.config.pairs)
+        if not pairs:
+            raise ValueError(
+                f"{env}, seed {seed}: none of {len(explored)} explored trajectories makes a pair "
+                f"({_told(dropped)}); explore more tasks (rollout.tasks) or at a higher rollout.temperature."
+            )
+        write_jsonl(stage.folder / PAIRS, pairs)
+        stage.facts.update(facts(pairs, dropped))
 
 
 def build(

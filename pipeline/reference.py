@@ -1,16 +1,20 @@
 """Stage `reference`: the log-prob of every turn of every pair under policy 0, once for all methods, betas and gammas.
 
+In later rounds the reference is the policy that the round begins with, or policy 0 still (`train.reference`).
+
 One line a pair: `id`, and under `chosen` and `rejected` one number a turn, the sum over the turn's tokens. The stage's
 key is made of the policy's weights, the pairs and the longest conversation, so stale numbers are never read.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field
 
+from pipeline import arms, runs
 from pipeline import pairs as pairing
-from pipeline import runs
+from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.records import Pair, read_jsonl, write_jsonl
 
@@ -27,39 +31,48 @@ class TurnLogprobs(BaseModel):
 
 
 def main(config: Config) -> None:
-    """Write the reference log-probs of each environment and seed."""
+    """Write the reference log-probs of each environment and seed, for every set of pairs."""
     for env in config.env.names:
         for seed in config.seed:
-            folder = runs.seed_folder(config, env, seed)
-            settings = {"max_length": config.model.max_length, "bf16": config.train.bf16}
-            inputs = {"sft": folder / "sft", "pairs": folder / "pairs"}
-            with runs.stage(folder / "reference", settings=settings, inputs=inputs) as stage:
-                if stage.done:
-                    continue
-                from pipeline import models, training
-                from pipeline.examples import pair_examples
-                from pipeline.rendering import Renderer
-
-                pairs = read_jsonl(folder / "pairs" / pairing.PAIRS, Pair)
-                model, tokenizer = models.load_policy(folder / "sft" / "policy", config.model, seed)
-                kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
-                logprobs = training.reference_turn_logprobs(model, examples, config.train)
-                if runs.is_main_process():
-                    lines = [
-                        {"id": pair.id, "chosen": chosen, "rejected": rejected}
-                        for pair, (chosen, rejected) in zip(kept, logprobs, strict=True)
-                    ]
-                    write_jsonl(stage.folder / LOGPROBS, lines)
-                stage.facts.update(counts | {"pairs": len(kept), "template_hash": Renderer(tokenizer).template_hash})
+            done: set[Path] = set()
+            for arm in arms.preferring(config):
+                for number in arm.open_rounds(env, seed):
+                    if (folder := arm.folder(env, seed, "reference", number)) not in done:
+                        done.add(folder)
+                        _stage(arm, env, seed, number)
 
 
-def read(config: Config, env: str, seed: int, pairs: list[Pair]) -> list[tuple[list[float], list[float]]]:
+def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
+    config = arm.config
+    before = number - 1 if config.train.reference == "renewed" else 0
+    settings = {"max_length": config.model.max_length, "bf16": config.train.bf16}
+    inputs = {arm.made_by(before): arm.policy(env, seed, before), "pairs": arm.folder(env, seed, "pairs", number)}
+    with runs.stage(arm.folder(env, seed, "reference", number), settings=settings, inputs=inputs) as stage:
+        if stage.done:
+            return
+        from pipeline import models, training
+        from pipeline.examples import pair_examples
+        from pipeline.rendering import Renderer
+
+        pairs = read_jsonl(inputs["pairs"] / pairing.PAIRS, Pair)
+        model, tokenizer = models.load_policy(arm.policy(env, seed, before) / "policy", config.model, seed)
+        kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
+        logprobs = training.reference_turn_logprobs(model, examples, config.train)
+        if runs.is_main_process():
+            lines = [
+                {"id": pair.id, "chosen": chosen, "rejected": rejected}
+                for pair, (chosen, rejected) in zip(kept, logprobs, strict=True)
+            ]
+            write_jsonl(stage.folder / LOGPROBS, lines)
+        stage.facts.update(counts | {"pairs": len(kept), "template_hash": Renderer(tokenizer).template_hash})
+
+
+def read(path: Path, pairs: list[Pair]) -> list[tuple[list[float], list[float]]]:
     """The reference log-probs that go with the pairs that fit.
 
     Raises:
         ValueError: one is missing, or is no number.
     """
-    path = runs.seed_folder(config, env, seed) / "reference" / LOGPROBS
     lines = read_jsonl(path, TurnLogprobs)
     if [line.id for line in lines] != [pair.id for pair in pairs]:
         raise ValueError(f"{path}: not the log-probs of these pairs; delete its folder and run the stage `reference`.")

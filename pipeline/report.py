@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline import runs
+from pipeline import arms, runs
+from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.methods import Method
 from pipeline.records import EpisodeStatus, Pair, Trajectory, atomic_write, read_jsonl, recover_jsonl
 
 if TYPE_CHECKING:
@@ -83,17 +85,32 @@ def finished(config: Config) -> list[Done]:
     Raises:
         ValueError: one is not finished, or a file of it is gone; names the stage that makes it.
     """
-    players = ["random", "sft", *config.method, "expert"]
-    names = ["experts", "sft", "rollout", "pairs", "reference", *(f"train/{method}" for method in config.method)]
-    names += [f"evaluate/{player}/{split}" for player in players for split in config.evaluate.splits]
     stages = []
     for env in config.env.names:
         for seed in config.seed:
-            for name in names:
-                folder = runs.seed_folder(config, env, seed) / name
-                manifest = runs.read_manifest(folder, made_by=name.partition("/")[0])
+            base = runs.seed_folder(config, env, seed)
+            for folder, made_by in _folders(config, env, seed).items():
+                manifest = runs.read_manifest(folder, made_by=made_by)
+                name = str(folder.relative_to(base))
                 stages.append(Done(env=env, seed=seed, name=name, folder=folder, manifest=manifest))
     return stages
+
+
+def _folders(config: Config, env: str, seed: int) -> dict[Path, str]:
+    """Every stage folder of an environment and seed, with the stage that makes it, in the order of the data."""
+    every, learning, preferring = arms.of(config), arms.trained(config), arms.preferring(config)
+    who = {"experts": every, "sft": every, "rollout": learning, "pairs": preferring, "reference": preferring}
+    found = [
+        (arm.folder(env, seed, stage, number), stage)
+        for stage, those in (who | {"train": learning}).items()
+        for arm in those
+        for number in range(1, 2 if those is every else arm.rounds + 1)
+    ]
+    evaluated = runs.seed_folder(config, env, seed) / "evaluate"
+    chosen = [(evaluated.with_name("choose") / arm.name, "evaluate") for arm in every if arm.candidates]
+    players = ["random", *(arm.name for arm in every), "expert"]
+    played = [(evaluated / player / split, "evaluate") for player in players for split in config.evaluate.splits]
+    return dict([*found, *chosen, *played])
 
 
 def write(config: Config, stages: Sequence[Done]) -> Tables:
@@ -105,7 +122,8 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     import envs
     from pipeline import figures, statistics, viewer
 
-    played = _episodes(stages)
+    every = arms.of(config)
+    played = _episodes(config, stages)
     evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
@@ -115,7 +133,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
             row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(evaluated))
         ],
         "kinds": _rows(statistics.summary(evaluated, by_kind=True)),
-        "paired": _rows(statistics.paired(evaluated, ["random", *config.method], "sft")),
+        "paired": [row for pair in _compared(every) for row in _rows(statistics.paired(evaluated, *pair))],
         "statuses": _rows(statistics.statuses(evaluated)),
     }
     drawn: dict[str, str] = {}
@@ -123,10 +141,10 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
         logs = {
             (one.name.rpartition("/")[2], one.seed): read_log(one.folder / "log.jsonl")
             for one in stages
-            if one.env == env and one.name.startswith(("sft", "train/"))
+            if one.env == env and (one.name == "sft" or one.name.startswith("train/"))
         }
         of_env = _of(tables["rewards"], env), _of(_rows(by_seed), env)
-        for name, figure in figures.draw(env, *of_env, logs, config.method).items():
+        for name, figure in figures.draw(env, *of_env, logs, [arm.name for arm in every[1:]]).items():
             for suffix in ("pdf", "svg"):
                 with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
                     file.write(image := figures.save(figure, suffix, name))
@@ -148,8 +166,19 @@ def write_rewards(config: Config, evaluated: Sequence[Trajectory]) -> "pd.DataFr
     return by_seed
 
 
-def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Trajectory]]:
-    """All episodes of a run by environment, seed, policy and split, evaluations first."""
+def _compared(every: Sequence[Arm]) -> list[tuple[list[str], str]]:
+    """Who is compared with which policy 0: each arm with the one that it began from, and chance with the first."""
+    found: dict[str, list[str]] = {"sft": ["random"]}
+    for arm in every[1:]:
+        found.setdefault(arms.baseline(arm, every).name, []).append(arm.name)
+    return [(methods, baseline) for baseline, methods in found.items()]
+
+
+def _episodes(config: Config, stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Trajectory]]:
+    """All episodes of a run by environment, seed, policy and split, evaluations first; of `bon` each task's best."""
+    from pipeline import statistics
+
+    several = {arm.name for arm in arms.of(config) if arm.method == Method.BON}
     found = {}
     for one in sorted(stages, key=lambda one: not one.name.startswith("evaluate/")):
         where = {"experts": ("expert", "train"), "rollout": ("sft", "train")}.get(one.name)
@@ -157,7 +186,8 @@ def _episodes(stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Tr
             _, policy, split = one.name.split("/")
             where = policy, split
         if where:
-            found[one.env, one.seed, *where] = read_jsonl(one.folder / "episodes.jsonl", Trajectory)
+            episodes = read_jsonl(one.folder / "episodes.jsonl", Trajectory)
+            found[one.env, one.seed, *where] = statistics.best_of(episodes) if where[0] in several else episodes
     return found
 
 
@@ -203,6 +233,7 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     text: str = jinja.get_template("report.html.jinja").render(
         config=config,
+        arms=arms.of(config),
         recipe=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
         made=time.strftime("%Y-%m-%d %H:%M"),
         commits=sorted({one.manifest.get("git_commit") or "outside git" for one in stages}),

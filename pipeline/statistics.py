@@ -44,6 +44,16 @@ def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     return _table(_frame(episodes), GROUP)[COLUMNS]
 
 
+def best_of(episodes: Iterable[Trajectory]) -> list[Trajectory]:
+    """Of several attempts at a task by one policy the best, the first of equal ones: what best-of-n counts."""
+    best: dict[tuple[object, ...], Trajectory] = {}
+    for one in episodes:
+        key = (one.env, one.policy, one.split, one.seed, one.id)
+        if key not in best or one.reward > best[key].reward:
+            best[key] = one
+    return list(best.values())
+
+
 def by_kind(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     """`rewards_table` broken down by the kind of task, with a column `kind` after `seed`.
 

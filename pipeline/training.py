@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from pipeline.batches import Run, Side, check, collate, pad
-from pipeline.config import PreferenceConfig, SftConfig, TrainingConfig
+from pipeline.config import PreferenceConfig, TrainingConfig
 from pipeline.logprobs import turn_logprobs
 from pipeline.losses import discount
 from pipeline.methods import Discount
@@ -36,7 +36,9 @@ from pipeline.training_log import LOG, Window, callbacks, open_log, scalars
 CHECKPOINTS = "checkpoints"
 
 
-def run_sft(model: Any, examples: Sequence[Rendered], config: SftConfig, folder: Path, seed: int) -> dict[str, Any]:
+def run_sft(
+    model: Any, examples: Sequence[Rendered], config: TrainingConfig, folder: Path, seed: int
+) -> dict[str, Any]:
     """Fine-tune a policy on the policy's turns of trajectories.
 
     Goes on from the last checkpoint in `folder`, if a run was killed. Writes `log.jsonl`, `tensorboard/` and
@@ -64,10 +66,12 @@ def run_preference(
     model: Any,
     pairs: Sequence[tuple[Rendered, Rendered]],
     reference: Sequence[tuple[Sequence[float], Sequence[float]]],
-    method: Discount,
+    weighting: Discount,
     config: PreferenceConfig,
     folder: Path,
     seed: int,
+    *,
+    per_token: bool = False,
 ) -> dict[str, Any]:
     """Train a policy on pairs of trajectories; otherwise as `run_sft`.
 
@@ -75,9 +79,10 @@ def run_preference(
         model: the policy, equal to the reference at the start; trained in place.
         pairs: chosen and rejected trajectory.
         reference: for each pair, each turn's log-prob under the reference, from `reference_turn_logprobs`.
-        method: the discount.
-        config: beta, gamma and how to train.
+        weighting: the discount.
+        config: beta, gamma, the terms of the loss, and how to train.
         folder: where the log and the checkpoints go.
+        per_token: whether a trajectory's weights are divided by its number of the policy's tokens.
         seed: of the order of the pairs and of the `permuted` discount, which is drawn anew for every trajectory.
 
     Raises:
@@ -92,12 +97,13 @@ def run_preference(
         for rendered, logprobs, weights in zip(
             (side for pair in pairs for side in pair),
             (side for pair in reference for side in pair),
-            _weights([side for pair in pairs for side in pair], method, config.gamma, seed),
+            _weights([side for pair in pairs for side in pair], weighting, config.gamma, seed, per_token=per_token),
             strict=True,
         )
     ]
     examples = list(zip(sides[::2], sides[1::2], strict=True))
-    return _train(model, examples, PreferenceObjective(config.beta), config, folder, seed, method)
+    objective = PreferenceObjective(config.beta, config.label_smoothing, config.nll)
+    return _train(model, examples, objective, config, folder, seed, "train")
 
 
 def reference_turn_logprobs(
@@ -150,12 +156,16 @@ def drop_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _weights(sides: Sequence[Rendered], method: Discount, gamma: float, seed: int) -> list[list[float]]:
+def _weights(
+    sides: Sequence[Rendered], weighting: Discount, gamma: float, seed: int, *, per_token: bool
+) -> list[list[float]]:
     """The discount of each trajectory's turns; T is its own number of turns, those that were cut off included."""
     seeds = [seed * len(sides) + row for row in range(len(sides))]
     lengths = torch.tensor([side.turns + side.dropped_turns for side in sides])
-    table = discount(method, lengths, gamma, seed=seeds).tolist()
-    return [row[: side.turns] for row, side in zip(table, sides, strict=True)]
+    table = discount(weighting, lengths, gamma, seed=seeds)
+    if per_token:
+        table /= torch.tensor([side.trained_tokens for side in sides])[:, None]
+    return [row[: side.turns] for row, side in zip(table.tolist(), sides, strict=True)]
 
 
 def _side_logprobs(model: Any, side: dict[str, Tensor]) -> Tensor:

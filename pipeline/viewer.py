@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from pipeline import arms
 from pipeline.config import Config
 from pipeline.records import Message, Pair, Trajectory
 
@@ -26,7 +27,7 @@ def content(
     """Everything that the viewer is told.
 
     Args:
-        config: the run; its methods and gamma give the weights.
+        config: the run; its arms' methods and gammas give the weights.
         episodes: by environment, seed, policy and split.
         pairs: by environment and seed, of tasks that are among the episodes.
 
@@ -68,13 +69,14 @@ def content(
         add(group, found, lambda one, known=known: _pair_sides(one, known))  # type: ignore[misc]
     for (env, seed, policy, split), played in episodes.items():
         add({"env": env, "seed": seed, "policy": policy, "split": split}, played, lambda one: [_side(one, one.policy)])
+    weighted = [(arm, arm.method.discount) for arm in arms.of(config) if arm.method.discount is not None]
     lengths = sorted({len(side["turns"]) for item in items for side in item["sides"]} - {0})
     return {
         "items": items,
         "prompts": prompts,
         "groups": groups,
-        "weights": {method: _weights(method, lengths, config.train.gamma) for method in config.method},
-        "gammas": {method: config.train.gamma if method.uses_gamma else None for method in config.method},
+        "weights": {arm.name: _weights(weighting, lengths, arm.config.train.gamma) for arm, weighting in weighted},
+        "gammas": {arm.name: arm.config.train.gamma if weighting.uses_gamma else None for arm, weighting in weighted},
     }
 
 

@@ -11,7 +11,7 @@ from pipeline.records import EpisodeStatus, Message, Pair, Trajectory, Turn, wri
 SCRIPT = "<script>window.injected = true</script></script><img src=x onerror='window.injected = true'>"
 ODD = f"{SCRIPT} \"quoted\" 'single' &amp; {{{{ braces }}}} <!-- 𝛾 → ünïcode 火 \u2028 -->"  # noqa: RUF001
 KINDS = ("boil", "find-plant", "lifespan-longest", "use-thermometer")
-SKILL = {"random": 0.05, "sft": 0.4, "dmpo": 0.55, "trajectory": 0.5, "permuted": 0.45, "expert": 1.0}
+SKILL = {"random": 0.05, "sft": 0.4, "dmpo": 0.55, "dpo": 0.5, "permuted": 0.45, "expert": 1.0}
 
 
 def make_run(*, methods: list[str], seeds: list[int], tasks: int, name: str = "made-up", gamma: float = 0.7) -> Config:

@@ -49,7 +49,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
     [
         (["sft.epoch=1"], "unknown key 'sft.epoch'; did you mean 'sft.epochs'?"),
         (["env=mars"], "env.names.0: unknown environment; known: alfworld, sciworld, webshop"),
-        (["method=ppo"], "method.0: Input should be 'dmpo'"),
+        (["method=ppo"], "method.0: Input should be 'sft', 'bon'"),
         (["train.gamma=2"], "train.gamma: Input should be less than or equal to 1 (given: 2)"),
         (["sft.batch_size=many"], "sft.batch_size: Input should be a valid integer"),
         (["sft.batch_size=10", "sft.micro_batch_size=4"], "batch_size 10 is no multiple of micro_batch_size 4"),
@@ -70,7 +70,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["engine.name=hf", "engine.concurrency=4"], "engine.concurrency has no effect with engine.name=hf"),
         (["experts.source=x.json", "env=sciworld,webshop"], "experts.source holds the data of one environment"),
         (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=700 decides"),
-        (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=trajectory has no gamma"),
+        (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=dpo has no gamma"),
         (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
         (["env=alfworld", "env.sciworld.heap_mb=600"], "has no effect: the run plays alfworld"),
     ],

@@ -18,7 +18,7 @@ from pipeline.statistics import COLUMNS
 from pipeline.viewer import EMBEDDED, content, sample
 from tests.synthetic_run import ODD, SCRIPT, make_run, play
 
-METHODS = ["dmpo", "trajectory"]
+METHODS = ["dmpo", "dpo"]
 TASKS = EMBEDDED + 6
 
 
@@ -292,11 +292,11 @@ def test_turns_are_shaded_by_the_chosen_methods_weight(page: Any):
     assert f"φ {numbers[1]:.3f}" == page.locator(".turn .phi").nth(1).text_content()
     faded = shading(page)
     assert len(set(faded)) == len(faded)
-    page.select_option("#viewer-weights", "trajectory")
+    page.select_option("#viewer-weights", "dpo")
     assert page.eval_on_selector_all(".turn", "all => all.map(one => one.dataset.phi)") == ["1"] * len(numbers)
     assert set(shading(page)) == {faded[0]}
     options = page.eval_on_selector_all("#viewer-weights option", "all => all.map(one => one.textContent)")
-    assert options == ["dmpo, γ = 0.7", "trajectory"]  # noqa: RUF001
+    assert options == ["dmpo, γ = 0.7", "dpo"]  # noqa: RUF001
 
 
 @pytest.mark.browser
@@ -319,18 +319,18 @@ def test_arrow_keys_and_buttons_walk_through_the_list(page: Any):
 @pytest.mark.browser
 def test_a_view_has_an_address_of_its_own(page: Any, browser: Any):
     page.select_option("#viewer-seed", "1")
-    page.select_option("#viewer-policy", "trajectory")
+    page.select_option("#viewer-policy", "dpo")
     page.select_option("#viewer-split", "unseen")
     page.select_option("#viewer-kind", "find-plant")
     page.select_option("#viewer-beside", "sft")
-    page.select_option("#viewer-weights", "trajectory")
+    page.select_option("#viewer-weights", "dpo")
     page.click("#viewer-next")
     shown = page.text_content("#viewer-turns")
     other = browser.new_page()
     other.goto(page.url)
     other.wait_for_selector(".turn")
     assert other.text_content("#viewer-turns") == shown
-    assert other.eval_on_selector_all(".side h3", "all => all.map(one => one.textContent)") == ["trajectory", "sft"]
+    assert other.eval_on_selector_all(".side h3", "all => all.map(one => one.textContent)") == ["dpo", "sft"]
     assert other.input_value("#viewer-kind") == "find-plant"
     other.close()
 

@@ -133,9 +133,10 @@ class Catalogue(Mapping[str, Product]):
         As the official indexes do, it holds the first `num_products` products, though the site keeps fewer if some of
         the first raw ones are skipped: hits that the catalogue does not contain are to be dropped.
         """
-        for row in range(len(self._ends))[: self.num_products]:
-            product = self._product(row)
-            yield product["asin"], document_of(product)
+        with (self.folder / "products.jsonl").open("rb") as lines:  # not mapped: read once, no page of it stays
+            for line in itertools.islice(lines, self.num_products):
+                product = json.loads(line)
+                yield product["asin"], document_of(product)
 
     def index(self, processes: int = 1) -> Index:
         """The search index of the products, which lies beside the store; built if need be."""

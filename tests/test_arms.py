@@ -1,0 +1,177 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline import arms, choose, runs
+from pipeline.config import Config, choices_of, load
+from pipeline.methods import Discount, Method
+from pipeline.train import successes
+from tests.synthetic_run import play
+from tests.test_records import trajectory
+
+BASE = Path("runs/study/sciworld/seed0")
+
+
+def recipe(**tree):
+    return Config.model_validate({"run": "study", **tree})
+
+
+def arm(name, **tree):
+    return next(one for one in arms.of(recipe(**tree)) if one.name == name)
+
+
+def test_policy_0_comes_first_and_each_method_once():
+    config = recipe(method=["dmpo", "sft", "rft"], arms={"far": {"method": "dmpo", "train.beta": 0.5}})
+    assert [one.name for one in arms.of(config)] == ["sft", "dmpo", "rft", "far"]
+    assert [one.name for one in arms.trained(config)] == ["dmpo", "rft", "far"]
+    assert [one.name for one in arms.preferring(config)] == ["dmpo", "far"]
+    assert arms.of(config)[-1].config.train.beta == 0.5
+    assert config.train.beta == 0.1
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_method_is_a_weight_table_or_none(method):
+    assert (method.discount is None) == (method in {"sft", "bon", "rft"})
+    assert method.is_trained == (method not in {"sft", "bon"})
+
+
+def test_dpo_is_also_called_by_its_weights():
+    assert recipe(method=["trajectory"]).method == [Method.DPO]
+    assert Method.DPO.discount == Method.ETO.discount == Discount.TRAJECTORY
+
+
+@pytest.mark.parametrize(
+    ("keys", "own"),
+    [
+        ({"train.beta": 0.5}, ["train"]),
+        ({"pairs.min_gap": 0.5}, ["pairs", "reference", "train"]),
+        ({"rollout.samples": 4}, ["rollout", "pairs", "reference", "train"]),
+        ({"model.hidden": 128}, ["sft", "rollout", "pairs", "reference", "train"]),
+        ({"env.sciworld.train_variations": 9}, ["experts", "sft", "rollout", "pairs", "reference", "train"]),
+        ({"evaluate.tasks": 3}, []),
+    ],
+)
+def test_an_arm_shares_the_stages_that_its_keys_leave_alone(keys, own):
+    plain, other = (arm("x", arms={"x": {"method": "dmpo", **more}}) for more in ({}, keys))
+    stages = ["experts", "sft", "rollout", "pairs", "reference", "train"]
+    differ = [one for one in stages if plain.folder("sciworld", 0, one) != other.folder("sciworld", 0, one)]
+    assert differ == own
+    assert other.folder("sciworld", 0, "evaluate") == BASE / "evaluate" / "x"
+
+
+def test_arms_with_the_same_keys_share_what_they_change():
+    config = recipe(arms={name: {"method": name, "model.hidden": 128} for name in ("dpo", "mean")})
+    first, second = arms.preferring(config)[1:]
+    assert (
+        first.folder("sciworld", 0, "sft") == second.folder("sciworld", 0, "sft") == BASE / "arms/model.hidden=128/sft"
+    )
+    assert first.policy("sciworld", 0, 0) == first.folder("sciworld", 0, "sft")
+    assert first.policy("sciworld", 0) == BASE / "train/dpo"
+
+
+def test_step_has_pairs_of_its_own():
+    config = recipe(method=["dpo", "step"])
+    folders = [one.folder("sciworld", 0, "pairs") for one in arms.preferring(config)]
+    assert folders == [BASE / "pairs", BASE / "arms/method=step/pairs"]
+
+
+def test_an_iterated_arm_has_folders_for_its_rounds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    eto = arm("eto", method=["eto"], train={"rounds": 3})
+    assert (eto.rounds, arm("eto", method=["eto"]).rounds, arm("dmpo", method=["dmpo"]).rounds) == (3, 2, 1)
+    places = [eto.folder("sciworld", 0, "rollout", number) for number in (1, 2, 3)]
+    assert places == [BASE / "rollout", BASE / "rounds/eto/2/rollout", BASE / "rounds/eto/3/rollout"]
+    policies = [eto.policy("sciworld", 0, number) for number in (0, 1, 2, 3)]
+    assert policies == [BASE / "sft", BASE / "rounds/eto/1/train", BASE / "rounds/eto/2/train", BASE / "train/eto"]
+    assert eto.open_rounds("sciworld", 0) == [1]
+    with runs.stage(places[1], settings={}):
+        pass
+    assert eto.open_rounds("sciworld", 0) == [1, 2]
+
+
+def test_an_arm_is_compared_with_the_policy_that_it_began_from():
+    small = {"model.hidden": 128}
+    shifted = {"evaluate.env": {"sciworld.simplification": ""}}
+    config = recipe(
+        method=["dmpo"],
+        arms={
+            "small-sft": {"method": "sft", **small},
+            "small": {"method": "dmpo", **small},
+            "shifted-sft": {"method": "sft", **shifted},
+            "shifted": {"method": "dmpo", **shifted},
+        },
+    )
+    every = arms.of(config)
+    assert {one.name: arms.baseline(one, every).name for one in every if one.method == "dmpo"} == {
+        "dmpo": "sft",
+        "small": "small-sft",
+        "shifted": "shifted-sft",
+    }
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        ({"sft": {"method": "dmpo"}}, "arms.sft: the run has a policy of this name already"),
+        ({"x": {"train.beta": 0.5}}, "arms.x: an arm has one method"),
+        ({"x": {"method": ["dmpo", "dpo"]}}, "arms.x: an arm has one method"),
+        ({"x": {"method": "dmpo", "seed": [1]}}, "arms.x: seed is the whole run's"),
+        ({"x": {"method": "dmpo", "train.betta": 1}}, "arms.x: unknown key 'train.betta'; did you mean 'train.beta'?"),
+        ({"x": {"method": "dmpo", "choose": {"train.gamma": [0.5]}}}, "arms.x: choose needs a dev split"),
+        ({"x": {"method": "dmpo", "evaluate.env": {"sciworld.nothing": 1}}}, "arms.x: unknown key"),
+        ({"../x": {"method": "dmpo"}}, "arms"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_one_sentence(tmp_path, named, complaint):
+    path = tmp_path / "study.yaml"
+    path.write_text(f"arms: {named}")
+    with pytest.raises(ValueError) as error:
+        load(str(path))
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_candidates_are_every_combination_of_values():
+    own, grid = choices_of({"method": "dmpo", "choose": {"train.gamma": [0.1, 0.9], "train.beta": [1]}})
+    assert own == {"method": "dmpo"}
+    assert grid == [{"train.gamma": 0.1, "train.beta": 1}, {"train.gamma": 0.9, "train.beta": 1}]
+    with pytest.raises(ValueError, match="choose: name keys"):
+        choices_of({"choose": ["train.gamma"]})
+
+
+def test_the_best_on_dev_is_chosen_the_first_of_equal_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = {"method": "dmpo", "choose": {"train.gamma": [0.1, 0.5, 0.9]}}
+    picked = arm("picked", env={"dev_tasks": 2}, arms={"picked": keys})
+    assert [one.name for one in picked.candidates] == [f"picked@train.gamma={gamma}" for gamma in (0.1, 0.5, 0.9)]
+
+    def dev(config, played, *_):
+        (job,) = played
+        assert job.split == "dev"
+        with runs.stage(job.folder, settings={}) as stage:
+            if not stage.done:
+                reward = {0.1: 0.2, 0.5: 0.6, 0.9: 0.6}[config.train.gamma]
+                runs.write_json(job.folder / "unused.json", {})
+                with (job.folder / "episodes.jsonl").open("w") as file:
+                    from pipeline.records import dump_line
+
+                    for number in range(2):
+                        file.write(dump_line(trajectory(id=f"t:{number}", reward=reward)))
+
+    monkeypatch.setattr(choose.jobs, "run", dev)
+    assert choose.best(picked, "sciworld", 0).name == "picked@train.gamma=0.5"
+    manifest = runs.read_manifest(BASE / "choose/picked", "evaluate")
+    assert manifest["facts"]["notes"].startswith("picked@train.gamma=0.5 was chosen by its reward on dev (")
+    assert choose.best(picked, "sciworld", 0).config.train.gamma == 0.5
+
+
+def test_rft_learns_from_each_different_success_once():
+    good = [play("sft", "train", 0, task) for task in (0, 1)]
+    for one in good:
+        one.reward = 1.0
+    low = play("sft", "train", 0, 2)
+    low.reward = 0.9
+    kept, counts = successes([*good, good[0], low], 1.0)
+    assert kept == good
+    assert counts["own_trajectories"] == 2
+    assert counts["dropped"] == {"reward below rft.min_reward": 1, "the same as another of the task": 1}
