@@ -203,12 +203,50 @@ class RolloutConfig(Section):
 
 
 class PairsConfig(Section):
-    """Win/lose pairs: on each task the expert against the policy; the higher reward is chosen, ties are dropped."""
+    """Win/lose pairs: who competes on a task, what makes a pair, and how much noise the pairs hold.
 
+    Done in this order: contest, `min_gap`, `cut`, limits of length, `noisy`, `limit`, corruption, flips.
+    """
+
+    contest: Literal["expert", "samples", "all"] = "expert"
+    """Who competes on a task. `expert`: the expert against each of the policy's samples, a pair each. `samples`: the
+    best of the policy's samples against the worst, one pair a task (it takes rollout.samples of 2 or more). `all`: the
+    best against the worst of the samples and the expert. Of several equally good, or equally bad, the one with the
+    fewest turns is taken, so that no side is long by selection; then the expert; then the earliest sample."""
+    reward: Literal["score", "success"] = "score"
+    """What decides: the score in [0, 1], or success alone (1 or 0)."""
     min_gap: float = Field(0.0, ge=0, lt=1)
     """Least difference of the two rewards; a smaller one drops the pair, and 0 drops ties alone."""
     errors: Literal["drop", "keep"] = "drop"
     """What to do with episodes that ended in an environment error or a time-out."""
+    cut: Literal["none", "official"] = "none"
+    """`official`: a policy's losing trajectory loses the turns after the winner's number of turns + 5, as in ETO's
+    construct_preference.py, which does so on WebShop and ScienceWorld but not on ALFWorld; here this key decides."""
+    min_turns: int = Field(1, ge=1)
+    """Least turns of the loser, after the cut; a shorter one drops the pair."""
+    max_turns: int | None = Field(None, ge=1)
+    """Most turns of the loser, after the cut; a longer one drops the pair. Empty: no limit."""
+    noisy: Literal["keep", "drop", "only"] = "keep"
+    """What to do with losers that, after the cut, repeat actions or hold meaningless text (defined in
+    pipeline/noise.py): `keep` is the paper's noisy setting, `drop` its clean one, `only` keeps nothing else."""
+    limit: int | None = Field(None, ge=1)
+    """Keep at most this many pairs, drawn by the run's seed. Empty: all."""
+    corrupted: float = Field(0.0, ge=0, le=1)
+    """Share of the pairs whose loser is corrupted, drawn by the run's seed; a larger share holds a smaller one's."""
+    corruption: Literal["repeat", "random"] = "repeat"
+    """What is put into a corrupted loser, at a random turn: `repeat`, that turn again, with the answer it got;
+    `random`, actions made of random words of the pairs."""
+    corrupted_actions: int = Field(3, ge=1)
+    """How many actions are put into a corrupted loser."""
+    flipped: float = Field(0.0, ge=0, le=1)
+    """Share of the pairs whose chosen and rejected are swapped, drawn by the run's seed; a larger share holds a
+    smaller one's."""
+
+    @model_validator(mode="after")
+    def _some_length(self) -> "PairsConfig":
+        if self.max_turns is not None and self.max_turns < self.min_turns:
+            raise ValueError(f"min_turns {self.min_turns} is more than max_turns {self.max_turns}; no loser fits")
+        return self
 
 
 class PreferenceConfig(TrainingConfig):
@@ -458,6 +496,10 @@ def _inert(key: str, config: Config) -> str | None:
         return "model.lora_rank is 0"
     if key == "env.alfworld.expert" and config.experts.source is not None:
         return "the experts come from experts.source"
+    if key in ("pairs.corruption", "pairs.corrupted_actions") and not config.pairs.corrupted:
+        return "pairs.corrupted is 0"
+    if key == "pairs.min_gap" and config.pairs.reward == "success":
+        return "pairs.reward=success knows 0 and 1 alone"
     return None
 
 
