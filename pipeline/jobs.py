@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from pipeline.records import JsonlAppender, Trajectory, read_jsonl, recover_json
 EPISODES = runs.EPISODES
 BASELINES = ("random", "expert")
 """Who plays beside the policies: chance, and the environment's own solutions."""
+OF_JOB = ("seed", "policy", "split", "temperature", "top_p", "samples", "limit", "from_steps")
+"""What of a job its episodes depend on."""
 LEARNT = ("train", "dev")
 """Splits that are made of the environment's training tasks."""
 
@@ -56,6 +58,8 @@ class Job:
     """Only this many tasks, spread evenly over the kinds."""
     only: Path | None = None
     """Only tasks that this file of trajectories has, `limit` of them drawn by the seed."""
+    from_steps: bool = False
+    """Whether `samples` episodes begin after none, one, ... all but the last turn of each of those trajectories."""
 
 
 def settings(config: Config, job: Job) -> dict[str, Any]:
@@ -69,9 +73,7 @@ def settings(config: Config, job: Job) -> dict[str, Any]:
         example=config.env.example and served,
         max_length=config.model.max_length if served else None,
         engine=config.engine.model_dump(include={"name", "dtype", "threads", "eager"}) if served else None,
-        **{
-            name: getattr(job, name) for name in ("seed", "policy", "split", "temperature", "top_p", "samples", "limit")
-        },
+        **{name: getattr(job, name) for name in OF_JOB},
     )
 
 
@@ -209,9 +211,17 @@ async def _play_job(
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
     tasks = await chosen_tasks(job, pool, env, config.env.dev_tasks)
     episodes = [
-        Episode(task=task, kind=kind, split=job.split, policy=job.policy, seed=job.seed, sample=sample)
-        for task, kind in tasks.items()
-        for sample in range(job.samples)
+        Episode(
+            task=task,
+            kind=tasks[task],
+            split=job.split,
+            policy=job.policy,
+            seed=job.seed,
+            sample=sample,
+            prefix=prefix,
+        )
+        for task, prefixes in _prefixes(job, tasks).items()
+        for sample, prefix in enumerate(prefix for prefix in prefixes for _ in range(job.samples))
         if (task, sample) not in have
     ]
     with JsonlAppender(path) as appender:
@@ -237,6 +247,14 @@ async def _play_job(
         "already_played": len(have),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _prefixes(job: Job, tasks: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
+    """What the episodes of each task begin with."""
+    if not (job.from_steps and job.only):
+        return {task: [()] for task in tasks}
+    replies = {one.id: tuple(turn.text for turn in one.turns) for one in read_jsonl(job.only, Trajectory)}
+    return {task: [replies[task][:turns] for turns in range(len(replies[task]))] for task in tasks}
 
 
 async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv], dev_tasks: int = 0) -> dict[str, str]:

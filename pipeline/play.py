@@ -40,6 +40,8 @@ class Episode:
     seed: int
     sample: int = 0
     """Number of the attempt at this task."""
+    prefix: tuple[str, ...] = ()
+    """Replies that the policy does not give itself: the episode begins with them."""
 
     def draw(self, *what: object) -> int:
         """A seed for one random choice of this episode: the same whenever and beside whatever it is played."""
@@ -76,7 +78,10 @@ class Player(Protocol):
 
 
 class PolicyPlayer:
-    """A policy behind an engine. Its token ids only ever grow, so the engine's prefix cache serves every turn."""
+    """A policy behind an engine. Its token ids only ever grow, so the engine's prefix cache serves every turn.
+
+    The replies that an episode begins with are part of its prompt.
+    """
 
     note = None
 
@@ -94,11 +99,16 @@ class PolicyPlayer:
     def begin(self, prompt: list[Message]) -> None:
         """See `Player`."""
         self._messages = list(prompt)
-        self._ids = self._renderer.prompt_ids(prompt)
+        self._ids = [] if self._episode.prefix else self._renderer.prompt_ids(prompt)
         self._turn = 0
 
     async def reply(self) -> Reply | EpisodeStatus:
         """See `Player`. The context is full when a reply of full length would not fit."""
+        if self._turn < len(self._episode.prefix):
+            text = self._episode.prefix[self._turn]
+            self._turn += 1
+            self._messages.append(react.assistant(text))
+            return Reply(text=text)
         if len(self._ids) + self._play.max_tokens > self._engine.max_length:
             return EpisodeStatus.CONTEXT_FULL
         sampling = Sampling(
@@ -117,7 +127,12 @@ class PolicyPlayer:
     def observe(self, message: Message) -> None:
         """See `Player`."""
         self._messages.append(message)
-        self._ids = [*self._ids, *self._renderer.observation_ids(self._messages, self._ids)]
+        if self._turn < len(self._episode.prefix):
+            return
+        if not self._ids:  # the prefix ends here
+            self._ids = self._renderer.prompt_ids(self._messages)
+        else:
+            self._ids = [*self._ids, *self._renderer.observation_ids(self._messages, self._ids)]
 
 
 class ExpertPlayer:
@@ -228,6 +243,7 @@ async def play_episode(
         policy=episode.policy,
         seed=episode.seed,
         sample=episode.sample,
+        begun_with=len(episode.prefix),
         messages=messages,
         prompt_length=prompt_length,
         turns=turns,
@@ -297,6 +313,7 @@ def _unplayed(env_class: type[envs.TextEnv], episode: Episode, status: EpisodeSt
         policy=episode.policy,
         seed=episode.seed,
         sample=episode.sample,
+        begun_with=len(episode.prefix),
         messages=[],
         prompt_length=0,
         turns=[],

@@ -86,6 +86,8 @@ class Trajectory:
     seed: int
     sample: int = 0
     """Number of this attempt at the task, from 0."""
+    begun_with: int = 0
+    """How many of its first turns were an expert's, replayed."""
     messages: list[Message]
     """The whole conversation: `prompt_length` messages of prompt, then reply and observation in turn."""
     prompt_length: int

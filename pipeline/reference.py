@@ -13,9 +13,9 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from pipeline import arms, runs
-from pipeline import pairs as pairing
 from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.pairs import PAIRS
 from pipeline.records import Pair, read_jsonl, write_jsonl
 
 LOGPROBS = "turn_logprobs.jsonl"
@@ -54,7 +54,7 @@ def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
         from pipeline.examples import pair_examples
         from pipeline.rendering import Renderer
 
-        pairs = read_jsonl(inputs["pairs"] / pairing.PAIRS, Pair)
+        pairs = read_jsonl(inputs["pairs"] / PAIRS, Pair)
         model, tokenizer = models.load_policy(arm.policy(env, seed, before) / "policy", config.model, seed)
         kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
         logprobs = training.reference_turn_logprobs(model, examples, config.train)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline import arms, jobs
 from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.methods import Method
 
 
 def main(config: Config) -> None:
@@ -32,8 +33,9 @@ def main(config: Config) -> None:
 
 
 def explorations(arm: Arm, env: str, seed: int, number: int) -> list[jobs.Job]:
-    """What the policy that a round begins with plays of the training tasks."""
-    rollout = arm.config.rollout
+    """What the policy that a round begins with plays of the training tasks; for `step` from every step of an expert."""
+    rollout, step = arm.config.rollout, arm.config.step
+    by_step = arm.method == Method.STEP
     return [
         jobs.Job(
             folder=arm.folder(env, seed, "rollout", number),
@@ -43,8 +45,9 @@ def explorations(arm: Arm, env: str, seed: int, number: int) -> list[jobs.Job]:
             split="train",
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            samples=rollout.samples,
-            limit=rollout.tasks,
+            samples=step.samples if by_step else rollout.samples,
+            limit=step.tasks if by_step else rollout.tasks,
             only=arm.folder(env, seed, "experts") / jobs.EPISODES,
+            from_steps=by_step,
         )
     ]

@@ -12,10 +12,10 @@ Deviations from the paper's official code, all stated:
 from typing import Any
 
 from pipeline import arms, jobs, reference, runs
-from pipeline import pairs as pairing
 from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.methods import Method
+from pipeline.pairs import PAIRS
 from pipeline.records import Pair, Trajectory, read_jsonl
 
 
@@ -62,7 +62,7 @@ def _prefer(arm: Arm, env: str, seed: int, number: int, stage: runs.Stage) -> di
     assert arm.method.discount is not None
     config = arm.config
     model, tokenizer = models.load_policy(arm.policy(env, seed, number - 1) / "policy", config.model, seed)
-    pairs = read_jsonl(arm.folder(env, seed, "pairs", number) / pairing.PAIRS, Pair)
+    pairs = read_jsonl(arm.folder(env, seed, "pairs", number) / PAIRS, Pair)
     kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
     logprobs = reference.read(arm.folder(env, seed, "reference", number) / reference.LOGPROBS, kept)
     facts = training.run_preference(

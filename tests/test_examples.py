@@ -3,9 +3,9 @@ from transformers import AutoTokenizer
 
 from pipeline.config import PairsConfig
 from pipeline.examples import pair_examples, sft_examples
-from pipeline.pairs import build
+from pipeline.pairing import build
 from pipeline.rendering import Renderer
-from tests.test_pairs import expert
+from tests.test_pairing import expert
 from tests.test_records import trajectory
 from tests.tiny_policy import save_tiny_policy
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from pipeline.config import Config
-from pipeline.pairs import pair
+from pipeline.pairing import pair
 from pipeline.records import EpisodeStatus, Trajectory, Turn, read_jsonl, write_jsonl
-from tests.test_pairs import expert
+from tests.test_pairing import expert
 from tests.test_records import trajectory
 from tests.tiny_policy import save_tiny_policy
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import PairsConfig, load
-from pipeline.pairs import build, facts
+from pipeline.pairing import build, facts
 from pipeline.react import assistant, observation
 from pipeline.records import EpisodeStatus, Turn
 from tests.test_records import trajectory
