@@ -178,6 +178,44 @@ def test_a_sweep_over_beta_needs_no_new_reference_pass(finished, tmp_path):
     assert manifest["settings"]["PreferenceConfig"]["beta"] == 0.5
 
 
+ROUND = ("rollout", "pairs", "reference", "train")
+METHODS = ("method=bon,rft,eto,step", "bon.samples=3", "step.tasks=4", "step.samples=2", "train.epochs=1")
+SMALL = ("rft.batch_size=4", "rft.micro_batch_size=4", "rft.epochs=1", "rft.min_reward=0.01", "rft.learning_rate=1e-3")
+PICKED = "arms={picked: {method: dmpo, pairs.contest: all, choose: {train.gamma: [0.1, 0.9]}}}"
+
+
+def test_every_method_goes_the_same_way(finished, tmp_path):
+    """From one SFT policy: best of n, rejection sampling, a second round, steps, and a gamma chosen on dev tasks."""
+    folder = tmp_path / "methods"
+    shutil.copytree(finished[0], folder)
+    keys = (*METHODS, *SMALL, PICKED, "env.dev_tasks=4")
+    for stage in ("experts", "sft", *ROUND, *ROUND, "evaluate", "report"):
+        printed = run(folder, stage, *keys)
+    base = seed_folder(folder)
+    table = {(row["method"], row["split"]): float(row["reward"]) for row in rewards(folder)}
+    names = ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")
+    assert set(table) == {(name, split) for name in names for split in ("seen", "unseen")}
+    assert all(name in printed for name in names)
+    bon = read_jsonl(base / "evaluate/bon/seen/episodes.jsonl", Trajectory)
+    assert len(bon) == 18
+    best = {one.id: max(other.reward for other in bon if other.id == one.id) for one in bon}
+    assert table["bon", "seen"] == pytest.approx(sum(best.values()) / 6, abs=1e-6)
+    again = read_jsonl(base / "rounds/eto/2/rollout/episodes.jsonl", Trajectory)
+    assert {one.policy for one in again} == {"eto"}
+    begun = read_jsonl(base / "arms/method=step/rollout/episodes.jsonl", Trajectory)
+    experts = {one.id: one for one in read_jsonl(base / "experts/episodes.jsonl", Trajectory)}
+    assert {one.begun_with for one in begun} >= {0, 1}
+    for one in begun:
+        replayed = [(turn.text, turn.observation) for turn in one.turns[: one.begun_with]]
+        assert replayed == [(turn.text, turn.observation) for turn in experts[one.id].turns[: one.begun_with]]
+        assert all(turn.token_ids for turn in one.turns[one.begun_with :])
+    dev = {one.id for one in read_jsonl(base / "evaluate/picked@train.gamma=0.1/dev/episodes.jsonl", Trajectory)}
+    assert len(dev) == 4
+    assert not dev & set(experts)
+    chosen = json.loads((base / "choose/picked/choice.json").read_text())
+    assert chosen["dev_reward"][chosen["chosen"]] == max(chosen["dev_reward"].values())
+
+
 def progress(folder, stage):
     """How far a stage has come, by what it writes for its restart."""
     base = seed_folder(folder)
