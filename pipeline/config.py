@@ -445,16 +445,24 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} --help lists every key."
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply overrides.
-
-    Args:
-        recipe: a name in `pipeline/recipes`, or the path of a YAML file.
-        overrides: `key=value` strings, later ones win.
+def _read(recipe: str) -> tuple[Path, dict[str, Any]]:
+    """A recipe's file and its keys, those of the recipe that it names as its `base` beneath them.
 
     Raises:
-        ValueError: no such recipe, or a key or value that a run cannot have; one sentence.
+        ValueError: no such recipe, no YAML, or a recipe that is its own base.
     """
+    path, tree = _read_one(recipe)
+    read = [path]
+    while (base := tree.pop("base", None)) is not None:
+        below, beneath = _read_one(str(base))
+        if below in read:
+            raise ValueError(f"{path}: its base {base!r} leads back to it.")
+        read.append(below)
+        tree = _merged(beneath, tree)
+    return path, tree
+
+
+def _read_one(recipe: str) -> tuple[Path, dict[str, Any]]:
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         path = Path(recipe)
@@ -469,6 +477,30 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: a recipe is a mapping of keys to values.")
     if isinstance(tree.get("env"), str | list):
         tree["env"] = {"names": tree["env"]}
+    return path, tree
+
+
+def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested keys of two recipes, the second's where both have one; its arms stand alone."""
+    merged = dict(beneath)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(beneath.get(key), dict) and key != "arms"
+        merged[key] = _merged(beneath[key], value) if both else value
+    return merged
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: a name in `pipeline/recipes`, or the path of a YAML file. Its key `base` may name another recipe, whose
+            keys hold where it says nothing.
+        overrides: `key=value` strings, later ones win.
+
+    Raises:
+        ValueError: no such recipe, or a key or value that a run cannot have; one sentence.
+    """
+    path, tree = _read(recipe)
     for override in overrides:
         _set(tree, override)
     try:
@@ -478,7 +510,13 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if reason := _inert(override.partition("=")[0], config):
             raise ValueError(f"{override!r} has no effect: {reason}.")
-    return config if config.run else config.model_copy(update={"run": path.stem})
+    return config if config.run else config.model_copy(update={"run": _run_name(path)})
+
+
+def _run_name(path: Path) -> str:
+    """A run's name where the recipe gives none: `study/beta.yaml` is played in runs/study-beta."""
+    inside = path.relative_to(RECIPES) if path.is_relative_to(RECIPES) else Path(path.name)
+    return "-".join(inside.with_suffix("").parts)
 
 
 def _inert(key: str, config: Config) -> str | None:

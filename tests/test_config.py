@@ -116,3 +116,25 @@ def test_config_loads_nothing_heavy():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
+
+
+def test_a_recipe_builds_on_another(recipe, tmp_path):
+    below = recipe("sft: {epochs: 2, learning_rate: 1e-3}\nmethod: [dpo]\narms: {a: {method: dmpo}}\n")
+    above = tmp_path / "above.yaml"
+    above.write_text(f"base: {below}\nsft: {{epochs: 5}}\narms: {{b: {{method: mean}}}}\n")
+    loaded = load(str(above))
+    assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.run) == (5, 1e-3, "above")
+    assert loaded.method == ["dpo"]
+    assert list(loaded.arms) == ["b"]
+
+
+def test_a_recipe_that_builds_on_itself_is_refused(recipe, tmp_path):
+    path = tmp_path / "circle.yaml"
+    path.write_text(f"base: {path}\n")
+    with pytest.raises(ValueError, match="leads back to it"):
+        load(str(path))
+
+
+def test_a_studys_run_is_named_after_it():
+    assert load("study/beta").run == "study-beta"
+    assert load("study/beta").folder.parts == ("runs", "study-beta")
