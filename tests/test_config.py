@@ -16,7 +16,7 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_committed_recipe_parses(path):
-    assert load(str(path)).run == path.stem
+    assert load(str(path)).run == "-".join(path.relative_to(RECIPES).with_suffix("").parts)
 
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_defaults(recipe):
