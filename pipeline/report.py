@@ -198,7 +198,7 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
     jinja = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters.update(number=number, ci=ci, duration=duration, flat=flat)
+    jinja.filters.update(number=number, p_value=p_value, ci=ci, duration=duration, flat=flat)
     script = (HERE / "report.js").read_text("utf-8")
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     text: str = jinja.get_template("report.html.jinja").render(
@@ -268,6 +268,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
 
 
+def p_value(p: float) -> str:
+    """A p-value to three decimals; none is 0."""
+    return "<0.001" if p < 0.001 else number(p)
+
+
 def ci(low: float | None, high: float | None, digits: int = 3) -> str:
     """An interval in brackets, or nothing."""
     return "" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
@@ -332,7 +337,7 @@ def _console() -> "rich.console.Console":
 
     console = Console()
     if not console.is_terminal:
-        console.width = 120
+        console.width = 160
     return console
 
 
@@ -351,6 +356,7 @@ def print_tables(tables: Tables) -> None:
         _print(console, f"{env}: reward less the SFT policy's on the same tasks", paired, "method", "split", {
             "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
             "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
+            "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
         })  # fmt: skip
         for split in dict.fromkeys(row["split"] for row in kinds):
             of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
