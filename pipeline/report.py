@@ -337,7 +337,7 @@ def _console() -> "rich.console.Console":
 
     console = Console()
     if not console.is_terminal:
-        console.width = 160
+        console.width = 120
     return console
 
 
@@ -353,11 +353,13 @@ def print_tables(tables: Tables) -> None:
         if completed_as := rewards[0]["completed_as"]:
             parts[completed_as] = lambda row: number(row["completed"])
         _print(console, title, rewards, "method", "split", parts)
-        _print(console, f"{env}: reward less the SFT policy's on the same tasks", paired, "method", "split", {
-            "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
-            "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
-            "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
-        })  # fmt: skip
+        for split in dict.fromkeys(row["split"] for row in paired):
+            title = f"{env}, {split}: reward less the SFT policy's on the same tasks"
+            _print(console, title, [row for row in paired if row["split"] == split], "method", "split", {
+                "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
+                "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
+                "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
+            })  # fmt: skip
         for split in dict.fromkeys(row["split"] for row in kinds):
             of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
             title = f"{env}, {split}: mean reward by kind of task (number of tasks)"

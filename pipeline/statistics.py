@@ -155,15 +155,13 @@ def interquartile(values_ST: Array, *, draws: int = 2_000, seed: int = 0) -> tup
         seed: of the bootstrap; the same arguments give the same interval.
 
     Returns:
-        Interquartile mean, low, high. Low and high are NaN with one seed, or where no task's score depends on the seed.
+        Interquartile mean, low, high. Low and high are NaN with one seed, or where every draw has the same mean.
     """
     middle = float(stats.trim_mean(values_ST, 0.25, axis=None))
-    if np.ptp(values_ST, axis=0).max() < 1e-9:
-        return middle, math.nan, math.nan
     seeds_DST = np.random.default_rng(seed).integers(len(values_ST), size=(draws, *values_ST.shape))  # noqa: N806
     drawn_DST = np.take_along_axis(values_ST[None], seeds_DST, axis=1)  # noqa: N806
     means_D = stats.trim_mean(drawn_DST.reshape(draws, -1), 0.25, axis=1)  # noqa: N806
-    return middle, *_percentiles(means_D)
+    return middle, *(_percentiles(means_D) if np.ptp(means_D) > 1e-9 else (math.nan, math.nan))
 
 
 def paired(

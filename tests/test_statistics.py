@@ -223,7 +223,8 @@ def test_interquartile_interval_draws_the_seeds_of_each_task():
 
 
 def test_interquartile_interval_needs_seeds_that_differ():
-    for values in ([[0.1, 0.5, 0.9]], [[0.1, 0.5, 0.9]] * 2):
+    tails = [[0.5] * 8, [0.4, *[0.5] * 7]]  # the seeds differ, but never in the middle half
+    for values in ([[0.1, 0.5, 0.9]], [[0.1, 0.5, 0.9]] * 2, tails):
         middle, low, high = interquartile(np.array(values))
         assert middle == pytest.approx(0.5)
         assert math.isnan(low)
