@@ -19,6 +19,7 @@ STAGES = {
     "report": "tables, curves and a trajectory viewer in one page",
 }
 TOOLS = {
+    "compare": "two runs, paired over the same tasks and seeds",
     "doctor": "what works on this machine, and what mends the rest",
     "inspect": "a trajectory or pair with its tokens coloured by turn",
     "replay": "recorded episodes through their environment again, comparing",

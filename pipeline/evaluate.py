@@ -4,13 +4,12 @@ The SFT policy was played by the engine process that explored with it (stage `ro
 same, so that this stage alone is enough after a change of `evaluate` keys.
 """
 
-from pipeline import jobs, runs
+from pipeline import card, jobs, runs
 from pipeline.config import Config
-from pipeline.records import Trajectory, read_jsonl
 
 
 def main(config: Config) -> None:
-    """Play what is missing for the reward table, and write the table."""
+    """Play what is missing for the reward table; write the table, and the card of what it was measured under."""
     wanted: list[jobs.Job] = []
     for env in config.env.names:
         for seed in config.seed:
@@ -26,7 +25,9 @@ def main(config: Config) -> None:
                 wanted += trained
     inputs = {"/".join(job.folder.parts[-5:]): job.folder for job in wanted}
     with runs.stage(config.folder / "evaluate", settings={}, inputs=inputs) as stage:
-        if not stage.done or not (config.folder / "rewards.csv").is_file():
+        if not stage.done or not all((config.folder / name).is_file() for name in ("rewards.csv", card.CARD)):
             from pipeline.report import write_rewards
 
-            write_rewards(config, [one for job in wanted for one in read_jsonl(job.folder / jobs.EPISODES, Trajectory)])
+            evaluations = [card.read(job.folder) for job in wanted]
+            write_rewards(config, [episode for one in evaluations for episode in one.episodes])
+            runs.write_json(config.folder / card.CARD, card.card(evaluations))
