@@ -23,6 +23,7 @@ TOOLS = {
     "doctor": "what works on this machine, and what mends the rest",
     "inspect": "a trajectory or pair with its tokens coloured by turn",
     "replay": "recorded episodes through their environment again, comparing",
+    "splits": "how many tasks each split has, and how many any two of them share",
 }
 
 
