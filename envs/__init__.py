@@ -90,6 +90,10 @@ class TextEnv(gymnasium.Env[str, str]):
     def tasks(self, split: str) -> list[str]:
         """Content ids of a split's tasks (`SPLITS`), in a fixed order."""
 
+    def published(self) -> dict[str, list[str]]:
+        """The split lists as published, overlaps and all, where the settings name them and `tasks` is not the same."""
+        return {}
+
     @abstractmethod
     def valid_actions(self) -> list[str]:
         """Every action that the environment would understand now, sorted; may be slow."""

@@ -19,10 +19,12 @@ STAGES = {
     "report": "tables, curves and a trajectory viewer in one page",
 }
 TOOLS = {
+    "compare": "two runs, paired over the same tasks and seeds",
     "doctor": "what works on this machine, and what mends the rest",
     "inspect": "a trajectory or pair with its tokens coloured by turn",
     "replay": "recorded episodes through their environment again, comparing",
     "rounds": "how often a recipe explores, pairs and trains",
+    "splits": "how many tasks each split has, and how many any two of them share",
 }
 
 

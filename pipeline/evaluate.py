@@ -4,13 +4,12 @@ The SFT policy was played by the engine process that explored with it (stage `ro
 same, so that this stage alone is enough after a change of `evaluate` keys.
 """
 
-from pipeline import arms, choose, jobs, runs
+from pipeline import arms, card, choose, jobs, runs
 from pipeline.config import Config
-from pipeline.records import Trajectory, read_jsonl
 
 
 def main(config: Config) -> None:
-    """Play what is missing for the reward table, and write the table."""
+    """Play what is missing for the reward table; write the table, and the card of what it was measured under."""
     wanted: list[jobs.Job] = []
     for env in config.env.names:
         for seed in config.seed:
@@ -24,10 +23,9 @@ def main(config: Config) -> None:
                 wanted += own
     inputs = {"/".join(job.folder.parts[-5:]): job.folder for job in wanted}
     with runs.stage(config.folder / "evaluate", settings={}, inputs=inputs) as stage:
-        if not stage.done or not (config.folder / "rewards.csv").is_file():
+        if not stage.done or not all((config.folder / name).is_file() for name in ("rewards.csv", card.CARD)):
             from pipeline.report import write_rewards
-            from pipeline.statistics import best_of
 
-            played = [(job, read_jsonl(job.folder / jobs.EPISODES, Trajectory)) for job in wanted]
-            counted = [best_of(episodes) if job.samples > 1 else episodes for job, episodes in played]
-            write_rewards(config, [one for episodes in counted for one in episodes])
+            evaluations = [card.read(job.folder) for job in wanted]
+            write_rewards(config, [episode for one in evaluations for episode in one.episodes])
+            runs.write_json(config.folder / card.CARD, card.card(evaluations))

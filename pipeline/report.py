@@ -228,7 +228,7 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
     jinja = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters.update(number=number, ci=ci, duration=duration, flat=flat)
+    jinja.filters.update(number=number, p_value=p_value, ci=ci, duration=duration, flat=flat)
     script = (HERE / "report.js").read_text("utf-8")
     data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     text: str = jinja.get_template("report.html.jinja").render(
@@ -297,6 +297,11 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def number(value: float | None, digits: int = 3) -> str:
     """A number to so many decimals; a dash for none."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def p_value(p: float) -> str:
+    """A p-value to three decimals; none is 0."""
+    return "<0.001" if p < 0.001 else number(p)
 
 
 def ci(low: float | None, high: float | None, digits: int = 3) -> str:
@@ -379,10 +384,13 @@ def print_tables(tables: Tables) -> None:
         if completed_as := rewards[0]["completed_as"]:
             parts[completed_as] = lambda row: number(row["completed"])
         _print(console, title, rewards, "method", "split", parts)
-        _print(console, f"{env}: reward less the SFT policy's on the same tasks", paired, "method", "split", {
-            "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
-            "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
-        })  # fmt: skip
+        for split in dict.fromkeys(row["split"] for row in paired):
+            title = f"{env}, {split}: reward less the SFT policy's on the same tasks"
+            _print(console, title, [row for row in paired if row["split"] == split], "method", "split", {
+                "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
+                "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
+                "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
+            })  # fmt: skip
         for split in dict.fromkeys(row["split"] for row in kinds):
             of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
             title = f"{env}, {split}: mean reward by kind of task (number of tasks)"

@@ -8,10 +8,14 @@ Three sources of chance are told apart:
 
 Every episode counts with its recorded reward. One that the environment broke (`EpisodeStatus.is_error`) is never left
 out, since that would reward a policy for breaking its environment; `summary` and `statuses` say how many there are.
+
+Nothing is called better or worse unless its 95 % interval leaves 0 out and its p-value, corrected for all comparisons
+of the table, is below 1 - `LEVEL` (`judged`).
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +31,9 @@ MEASURES = ["n", "reward", "reward_se", "success", "success_se", "steps", "inval
 COLUMNS = GROUP + MEASURES
 """The columns of rewards.csv, in order."""
 LEVEL = 0.95
-"""Coverage of every interval here."""
+"""Coverage of every interval here; 1 - LEVEL is the level of every verdict."""
+EXACT = 20
+"""Most differing tasks whose 2^n patterns of signs are all counted."""
 
 
 def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
@@ -78,8 +84,8 @@ def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.Data
     """Means over seeds and tasks with their `interval`: one row for each environment, method, split (and kind).
 
     Columns: env, method, split, (kind,) seeds and n (tasks) as counts, reward, reward_low, reward_high, success,
-    success_low, success_high, steps, invalid_rate, completed (share of episodes that the environment ended), errors
-    (episodes that the environment broke).
+    success_low, success_high, iqm, iqm_low, iqm_high (of the reward, `interquartile`), steps, invalid_rate, completed
+    (share of episodes that the environment ended), errors (episodes that the environment broke).
 
     Raises:
         ValueError: two seeds of a method played different tasks, or as in `rewards_table`.
@@ -92,6 +98,7 @@ def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.Data
         row = dict(zip(keys, key, strict=True)) | {"seeds": len(scores), "n": len(scores["reward"].columns)}
         for name in ("reward", "success"):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(scores[name].to_numpy())
+        row["iqm"], row["iqm_low"], row["iqm_high"] = interquartile(scores["reward"].to_numpy())
         turns = group["steps"].sum()
         row["steps"] = float(scores["steps"].to_numpy().mean())
         row["invalid_rate"] = float(group["invalid"].sum() / turns) if turns else math.nan
@@ -122,13 +129,49 @@ def interval(values_ST: Array) -> tuple[float, float, float]:  # noqa: N803
         task, or the same score throughout.
     """
     mean = float(values_ST.mean())
-    parts = [(m.var(ddof=1) / m.size, m.size - 1) for m in (values_ST.mean(1), values_ST.mean(0)) if m.size > 1]
-    variance = sum(part for part, _ in parts)
-    if values_ST.shape[1] < 2 or variance < 1e-18:
+    error = standard_error(values_ST)
+    if math.isnan(error) or error < 1e-9:
         return mean, math.nan, math.nan
-    freedom = variance**2 / sum(part**2 / freedom for part, freedom in parts)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
+    freedom = error**4 / sum(part**2 / freedom for part, freedom in _variances(values_ST))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def standard_error(values_ST: Array) -> float:  # noqa: N803
+    """Standard error of the mean of [seeds, tasks] scores, as `interval` has it; NaN for a single task."""
+    return math.sqrt(sum(part for part, _ in _variances(values_ST))) if values_ST.shape[1] > 1 else math.nan
+
+
+def _variances(values_ST: Array) -> list[tuple[float, int]]:  # noqa: N803
+    """Variance of the mean of the seeds' means, and of that of the tasks' means, each with its degrees of freedom."""
+    return [
+        (float(means.var(ddof=1)) / means.size, means.size - 1)
+        for means in (values_ST.mean(1), values_ST.mean(0))
+        if means.size > 1
+    ]
+
+
+def interquartile(values_ST: Array, *, draws: int = 2_000, seed: int = 0) -> tuple[float, float, float]:  # noqa: N803
+    """Interquartile mean with a 95 % interval: the mean of all scores but the lowest and the highest quarter.
+
+    The interval is the percentile bootstrap stratified by task: for every task as many of its seeds' scores are drawn
+    anew as there are, independently of the other tasks (Agarwal et al. 2021, "Deep RL at the edge of the statistical
+    precipice", https://arxiv.org/abs/2108.13264, sec. 4). It covers other seeds on these very tasks, not other tasks,
+    and with two or three seeds it is too narrow, as any plain bootstrap of so few. No verdict hangs on it.
+
+    Args:
+        values_ST: [seeds, tasks] scores.
+        draws: bootstrap replications.
+        seed: of the bootstrap; the same arguments give the same interval.
+
+    Returns:
+        Interquartile mean, low, high. Low and high are NaN with one seed, or where every draw has the same mean.
+    """
+    middle = float(stats.trim_mean(values_ST, 0.25, axis=None))
+    seeds_DST = np.random.default_rng(seed).integers(len(values_ST), size=(draws, *values_ST.shape))  # noqa: N806
+    drawn_DST = np.take_along_axis(values_ST[None], seeds_DST, axis=1)  # noqa: N806
+    means_D = stats.trim_mean(drawn_DST.reshape(draws, -1), 0.25, axis=1)  # noqa: N806
+    return middle, *(_percentiles(means_D) if np.ptp(means_D) > 1e-9 else (math.nan, math.nan))
 
 
 def paired(
@@ -149,9 +192,8 @@ def paired(
         seed: of the bootstrap; the same arguments give the same table.
 
     Returns:
-        One row for each environment, split and method: env, split, method, baseline, seeds, n (tasks), difference (of
-        mean rewards, method - baseline), low, high (NaN where all differences are equal), and wins, losses, ties, which
-        count the seeds x tasks episodes by the sign of their difference.
+        One row for each environment, split and method: env, split, method, baseline, the columns of `comparison`, and
+        those of `judged` over the whole table.
 
     Raises:
         ValueError: method and baseline, or two seeds of one of them, did not play the same tasks.
@@ -168,14 +210,108 @@ def paired(
                     f"{env}, {split}: {method} and {baseline} played different tasks or seeds; evaluate both again."
                 )
             values_ST = ours.to_numpy() - theirs.to_numpy()  # noqa: N806
-            low, high = _bootstrap(values_ST, draws, np.random.default_rng(seed))
-            wins, losses = int((values_ST > 1e-9).sum()), int((values_ST < -1e-9).sum())
-            rows.append(
-                {"env": env, "split": split, "method": method, "baseline": baseline}
-                | {"seeds": values_ST.shape[0], "n": values_ST.shape[1], "difference": float(values_ST.mean())}
-                | {"low": low, "high": high, "wins": wins, "losses": losses, "ties": values_ST.size - wins - losses}
-            )
-    return pd.DataFrame(rows)
+            where = {"env": env, "split": split, "method": method, "baseline": baseline}
+            rows.append(where | comparison(values_ST, draws=draws, seed=seed))
+    return pd.DataFrame(judged(rows))
+
+
+def comparison(values_ST: Array, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:  # noqa: N803
+    """One paired comparison.
+
+    Args:
+        values_ST: [seeds, tasks] differences of rewards, ours - theirs.
+        draws: replications of the bootstrap (`paired`) and of the permutation test.
+        seed: of both; the same arguments give the same numbers.
+
+    Returns:
+        seeds, n (tasks), difference (the mean), low, high (NaN where all differences are equal); wins, losses, ties,
+        which count the seeds x tasks episodes by the sign of their difference; p of `sign_flip_test`; p_sign of
+        `sign_test`.
+    """
+    low, high = _bootstrap(values_ST, draws, np.random.default_rng(seed))
+    wins, losses = int((values_ST > 1e-9).sum()), int((values_ST < -1e-9).sum())
+    tasks_T = values_ST.mean(0)  # noqa: N806
+    return {
+        "seeds": values_ST.shape[0],
+        "n": values_ST.shape[1],
+        "difference": float(values_ST.mean()),
+        "low": low,
+        "high": high,
+        "wins": wins,
+        "losses": losses,
+        "ties": values_ST.size - wins - losses,
+        "p": sign_flip_test(tasks_T, draws=draws, seed=seed),
+        "p_sign": sign_test(tasks_T),
+    }
+
+
+def sign_flip_test(differences_T: Array, *, draws: int = 10_000, seed: int = 0) -> float:  # noqa: N803
+    """Two-sided p-value of the mean of paired differences under random signs (Fisher 1935, sec. 21).
+
+    If neither side is better, each task's difference, averaged over seeds, might as well have had the other sign. p is
+    the share of sign patterns whose sum is at least as far from 0 as the observed one. Up to `EXACT` differing tasks
+    all patterns are counted; beyond, `draws` random ones and the observed one (Phipson & Smyth 2010, SAGMB 9(1)). The
+    spread between seeds is not in it; it is in the interval of `paired`.
+
+    Args:
+        differences_T: [tasks] differences, averaged over seeds.
+        draws: of random patterns.
+        seed: of the draws.
+
+    Returns:
+        p in (0, 1]; 1 where nothing differs.
+    """
+    differing = differences_T[np.abs(differences_T) > 1e-9]
+    least = abs(differing.sum()) - 1e-9  # sums of floats that are equal on paper
+    if differing.size <= EXACT:
+        sums = np.zeros(1)
+        for difference in differing:
+            sums = np.concatenate([sums + difference, sums - difference])
+        return float((np.abs(sums) >= least).mean())
+    signs_DT = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, differing.size))  # noqa: N806
+    return float((1 + (np.abs(signs_DT @ differing) >= least).sum()) / (1 + draws))
+
+
+def sign_test(differences_T: Array) -> float:  # noqa: N803
+    """Exact two-sided sign test: p of the tasks won and lost, averaged over seeds, under a fair coin; ties left out.
+
+    Episodes of one task under several seeds are not independent, so tasks are counted, not episodes; with one seed
+    these are the wins and losses of `comparison`. 1 where nothing differs.
+    """
+    wins, losses = int((differences_T > 1e-9).sum()), int((differences_T < -1e-9).sum())
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, so that the chance of one false finding among them stays below the level.
+
+    The k-th smallest of m is multiplied by m - k + 1, made no smaller than the one before it, and cut to 1 (Holm 1979,
+    Scand. J. Stat. 6(2)). Holds whatever the dependence of the tests.
+    """
+    p = np.asarray(p_values, dtype=float)
+    order = p.argsort()
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)).clip(max=1)
+    return [float(one) for one in corrected]
+
+
+def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All comparisons of one table with two columns more.
+
+    p_holm is p corrected by `holm` over these rows. verdict is "better" or "worse" only where the interval leaves 0 out
+    and p_holm < 1 - `LEVEL`, else "not told apart".
+    """
+    corrected = holm([row["p"] for row in rows])
+    return [
+        row | {"p_holm": p, "verdict": _verdict(row["low"], row["high"], p)}
+        for row, p in zip(rows, corrected, strict=True)
+    ]
+
+
+def _verdict(low: float, high: float, p: float) -> str:
+    if p < 1 - LEVEL and (low > 0 or high < 0):
+        return "better" if low > 0 else "worse"
+    return "not told apart"
 
 
 def _bootstrap(values_ST: Array, draws: int, generator: np.random.Generator) -> tuple[float, float]:  # noqa: N803
@@ -186,9 +322,22 @@ def _bootstrap(values_ST: Array, draws: int, generator: np.random.Generator) -> 
         generator.multinomial(max(1, size - 1), [1 / size] * size, size=draws) / max(1, size - 1)
         for size in values_ST.shape
     )
-    means = ((seeds_DS @ values_ST) * tasks_DT).sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _percentiles(((seeds_DS @ values_ST) * tasks_DT).sum(1))
+
+
+def _percentiles(means_D: Array) -> tuple[float, float]:  # noqa: N803
+    """The middle `LEVEL` of bootstrap means."""
+    low, high = np.quantile(means_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def reward_matrix(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+    """Rewards of one policy on one split: a row a seed, a column a task, samples averaged, NaN where not played.
+
+    Raises:
+        ValueError: as `rewards_table`.
+    """
+    return _frame(episodes).pivot_table(index="seed", columns="task", values="reward", aggfunc="mean")
 
 
 def _frame(episodes: Iterable[Trajectory]) -> pd.DataFrame:

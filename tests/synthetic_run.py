@@ -26,6 +26,8 @@ def make_run(*, methods: list[str], seeds: list[int], tasks: int, name: str = "m
     """
     tree = {"run": name, "seed": seeds, "method": methods, "train": {"gamma": gamma}}
     config = Config.model_validate(tree)
+    with runs.locked(config):
+        pass  # which saves config.yaml
     for seed in seeds:
         folder = runs.seed_folder(config, "sciworld", seed)
         experts = [play("expert", "train", seed, task) for task in range(tasks)]

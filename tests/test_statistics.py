@@ -1,10 +1,28 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from pipeline.records import EpisodeStatus, Trajectory, Turn
-from pipeline.statistics import COLUMNS, by_kind, interval, paired, rewards_table, statuses, summary
+from pipeline.statistics import (
+    COLUMNS,
+    EXACT,
+    by_kind,
+    comparison,
+    holm,
+    interquartile,
+    interval,
+    judged,
+    paired,
+    reward_matrix,
+    rewards_table,
+    sign_flip_test,
+    sign_test,
+    standard_error,
+    statuses,
+    summary,
+)
 
 
 def episode(
@@ -182,3 +200,104 @@ def test_paired_refuses_other_tasks():
     episodes = [episode("toy:a:1", 1.0, policy="dmpo"), episode("toy:a:2", 1.0)]
     with pytest.raises(ValueError, match="dmpo and sft played different tasks"):
         paired(episodes, ["dmpo"], "sft")
+
+
+def test_standard_error_adds_seeds_and_tasks():
+    assert standard_error(np.array([[0.2, 0.4, 0.6], [0.4, 0.6, 0.5]])) == pytest.approx(math.sqrt(0.0025 + 0.0175 / 3))
+    assert math.isnan(standard_error(np.array([[0.3], [0.4]])))
+
+
+def test_interquartile_mean_leaves_a_quarter_out_at_each_end():
+    scores = np.array([[0.0, 0.7, 0.2, 0.3], [0.4, 0.5, 0.6, 0.1]])
+    middle, low, high = interquartile(scores)
+    assert middle == pytest.approx((0.2 + 0.3 + 0.4 + 0.5) / 4)
+    assert low < middle < high
+    assert interquartile(scores) == (middle, low, high)
+
+
+def test_interquartile_interval_draws_the_seeds_of_each_task():
+    # One task, scores 0 and 1: both draws are the same with probability 1/2, so the interval is all there is.
+    assert interquartile(np.array([[0.0], [1.0]])) == (0.5, 0.0, 1.0)
+    # Task 2 has no spread: the means are 0.25, 0.5 and 0.75, and no draw takes one task's score for another's.
+    assert interquartile(np.array([[0.0, 0.5], [1.0, 0.5]]))[1:] == (0.25, 0.75)
+
+
+def test_interquartile_interval_needs_seeds_that_differ():
+    tails = [[0.5] * 8, [0.4, *[0.5] * 7]]  # the seeds differ, but never in the middle half
+    for values in ([[0.1, 0.5, 0.9]], [[0.1, 0.5, 0.9]] * 2, tails):
+        middle, low, high = interquartile(np.array(values))
+        assert middle == pytest.approx(0.5)
+        assert math.isnan(low)
+        assert math.isnan(high)
+    row = summary([episode("toy:a:1", reward, seed=seed) for seed, reward in enumerate((0.0, 1.0))]).iloc[0]
+    assert (row["iqm"], row["iqm_low"], row["iqm_high"]) == (0.5, 0.0, 1.0)
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_test(np.array([0.1, 0.2, 0.3])) == 2 / 8  # all up or all down
+    assert sign_flip_test(np.array([0.1, 0.2, -0.3])) == 1.0  # a sum of 0 is reached by every pattern
+    assert sign_flip_test(np.array([0.1, 0.2, 0.3, 0.0, 0.0])) == 2 / 8  # ties tell nothing
+    assert sign_flip_test(np.array([0.0, 0.0])) == sign_flip_test(np.array([0.4])) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sign_flips_are_all_patterns_counted(seed: int):
+    differences = np.random.default_rng(seed).choice([-0.3, -0.1, 0.1, 0.2, 0.4, 0.5], size=9)
+    sums = [abs(math.fsum(differences * signs)) for signs in itertools.product((-1, 1), repeat=9)]
+    exact = sum(one >= abs(math.fsum(differences)) - 1e-9 for one in sums) / 2**9
+    assert sign_flip_test(differences) == exact
+
+
+def test_many_tasks_are_drawn_near_the_exact_value():
+    differences = np.random.default_rng(3).normal(0.4, 1, EXACT)
+    exact = sign_flip_test(differences)
+    drawn = sign_flip_test(np.concatenate([differences, [1e-6]]))  # one more that hardly counts
+    assert 0.02 < exact < 0.5
+    assert drawn == pytest.approx(exact, abs=0.015)
+    assert sign_flip_test(np.full(200, 0.1)) == 1 / 10_001  # never 0
+
+
+def test_sign_test_is_the_binomials():
+    assert sign_test(np.array([0.1] * 8 + [-0.1] * 2 + [0.0] * 5)) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test(np.zeros(3)) == 1.0
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_verdict_needs_the_interval_and_the_corrected_p():
+    rows = [
+        {"low": 0.1, "high": 0.2, "p": 0.01},
+        {"low": -0.2, "high": -0.1, "p": 0.012},
+        {"low": -0.1, "high": 0.2, "p": 0.001},
+        {"low": 0.1, "high": 0.2, "p": 0.04},
+        {"low": math.nan, "high": math.nan, "p": 0.0001},
+    ]
+    verdicts = ["better", "worse", "not told apart", "better", "not told apart"]
+    assert [row["verdict"] for row in judged(rows)] == verdicts
+    once_more = judged([*rows, rows[3]])  # now 0.04 is there twice, and counts as 0.08
+    assert [row["verdict"] for row in once_more] == [*verdicts[:3], *["not told apart"] * 3]
+
+
+def test_paired_is_corrected_over_its_whole_table():
+    tasks = [0.1, 0.2, 0.3, 0.15, 0.25, 0.12, 0.4, 0.11, 0.33]
+    one = paired(both([tasks], [[0.0] * 9]), ["dmpo"], "sft").iloc[0]
+    assert (one["p"], one["p_holm"], one["p_sign"], one["verdict"]) == (2 / 512, 2 / 512, 2 / 512, "better")
+    two = paired(both([tasks], [[0.0] * 9]), ["dmpo", "dmpo"], "sft")
+    assert two["p_holm"].tolist() == [4 / 512] * 2
+
+
+def test_seeds_are_averaged_before_tasks_are_counted():
+    told = comparison(np.array([[0.1, 0.2, -0.1], [0.1, 0.2, 0.3]]))
+    assert (told["wins"], told["losses"], told["ties"], told["p"]) == (5, 1, 0, 2 / 8)
+    assert told["p_sign"] == 0.25
+
+
+def test_reward_matrix_has_a_gap_where_a_seed_did_not_play():
+    table = reward_matrix([episode("toy:a:1", 1.0), episode("toy:a:2", 0.5), episode("toy:a:1", 0.0, seed=1)])
+    assert table.index.tolist() == [0, 1]
+    assert table["toy:a:1"].tolist() == [1.0, 0.0]
+    assert math.isnan(table["toy:a:2"][1])

@@ -182,6 +182,14 @@ class WebShop(TextEnv):
             raise ValueError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
         return [content_id(number, self._shop.goals[number]) for number in self._splits.goals[split]]
 
+    def published(self) -> dict[str, list[str]]:
+        """ETO's lists as the files of `Settings.splits` have them, a goal twice where they do."""
+        from envs.webshop import tasks
+
+        folder, goals = self._settings.splits, self._shop.goals
+        lists = tasks.published(folder, len(goals)) if folder else {}
+        return {name: [tasks.content_id(number, goals[number]) for number in lists[name]] for name in lists}
+
     def valid_actions(self) -> list[str]:
         """A click on all that the page lets one click; beside the search box, a search for what is wanted."""
         from envs.webshop.expert import wish_of

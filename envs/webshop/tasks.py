@@ -40,7 +40,7 @@ def split(goals: Sequence[Goal], settings: Settings) -> Splits:
         ValueError: an official list is missing or malformed, or names a goal that there is not.
     """
     if settings.splits is not None:
-        return _official(goals, settings, settings.splits.expanduser())
+        return _official(goals, settings, settings.splits)
     by_category: dict[str, list[int]] = defaultdict(list)
     for number, goal in enumerate(goals):
         by_category[goal["product_category"]].append(number)
@@ -69,7 +69,7 @@ def _official(goals: Sequence[Goal], settings: Settings, folder: Path) -> Splits
 
     The published lists overlap: 21 of the 200 test goals are also in train, and one train goal is there twice.
     """
-    lists = {name: _numbers(folder / file, len(goals)) for name, file in OFFICIAL.items()}
+    lists = published(folder, len(goals))
     seen = list(dict.fromkeys(lists["seen"]))
     once = list(dict.fromkeys(lists["train"]))
     train = [number for number in once if number not in set(seen)]
@@ -92,6 +92,15 @@ def _official(goals: Sequence[Goal], settings: Settings, folder: Path) -> Splits
         },
         {reason: count for reason, count in left_out.items() if count},
     )
+
+
+def published(folder: Path, goals: int) -> dict[str, list[int]]:
+    """Numbers of goals in ETO's train and test list (the seen split), as the files of a folder have them.
+
+    Raises:
+        ValueError: a list is missing or malformed, or names a goal beyond the catalogue's `goals`.
+    """
+    return {name: _numbers(folder.expanduser() / file, goals) for name, file in OFFICIAL.items()}
 
 
 def _numbers(file: Path, goals: int) -> list[int]:
