@@ -249,6 +249,7 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
         markdown=markdown(tables["rewards"]),
         latex=latex(tables["rewards"]),
         errors=errors_told(tables),
+        findings=findings(tables["paired"]),
         groups=content["groups"],
         css=Markup((HERE / "report.css").read_text("utf-8")),
         script=Markup(script),
@@ -395,7 +396,8 @@ def print_tables(tables: Tables) -> None:
             of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
             title = f"{env}, {split}: mean reward by kind of task (number of tasks)"
             _print(console, title, of_split, "kind", "method", {"": lambda row: number(row["reward"])})
-    console.print(errors_told(tables), highlight=False)
+    for sentence in [*findings(tables["paired"]), errors_told(tables)]:
+        console.print(sentence, highlight=False)
 
 
 def _reward_told(row: Row) -> str:
@@ -420,6 +422,24 @@ def _print(
         found = [cells.get((name, column)) for column in columns]
         table.add_row(name, *(told(row) if row else "" for row in found for told in parts.values()))
     console.print(table)
+
+
+def findings(paired: Sequence[Row]) -> list[str]:
+    """Three sentences on the trained policies: better, worse, or not told apart from the SFT policy they began from."""
+    rows = [row for row in paired if row["method"] != "random"]
+    told = {
+        verdict: [
+            f"{row['method']} on {row['env']} {row['split']} ({row['difference']:+.3f} {ci(row['low'], row['high'])})"
+            for row in rows
+            if row["verdict"] == verdict
+        ]
+        for verdict in ("better", "worse", "not told apart")
+    }
+    return [
+        f"Better than the SFT policy: {', '.join(told['better']) or 'none'}.",
+        f"Worse: {', '.join(told['worse']) or 'none'}.",
+        f"Not told apart from it: {', '.join(told['not told apart']) or 'none'}.",
+    ]
 
 
 def errors_told(tables: Tables) -> str:

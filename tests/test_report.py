@@ -390,3 +390,17 @@ CONTRAST = """() => {
   }
   return worst;
 }"""
+
+
+def test_findings_are_three_sentences_and_call_nothing_better_that_is_not_told_apart():
+    row = {"env": "sciworld", "split": "seen", "difference": 0.05, "low": 0.01, "high": 0.09}
+    rows = [
+        row | {"method": "dmpo", "verdict": "better"},
+        row | {"method": "dpo", "verdict": "not told apart"},
+        row | {"method": "random", "verdict": "worse"},
+    ]
+    assert report.findings(rows) == [
+        "Better than the SFT policy: dmpo on sciworld seen (+0.050 [0.010, 0.090]).",
+        "Worse: none.",
+        "Not told apart from it: dpo on sciworld seen (+0.050 [0.010, 0.090]).",
+    ]
