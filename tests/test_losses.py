@@ -251,8 +251,20 @@ def test_extreme_logits_stay_finite():
     assert far.grad.item() == -1
 
 
+def test_label_smoothing_is_the_mean_of_both_labels():
+    sides = [random_batch([3, 2], seed) for seed in range(4)]
+    weights = [table("dmpo", [3, 2], 0.7)] * 2
+    right = preference_loss(*sides, *weights, beta=0.3)
+    wrong = preference_loss(sides[1], sides[0], sides[3], sides[2], weights[1], weights[0], beta=0.3)
+    smoothed = preference_loss(*sides, *weights, beta=0.3, label_smoothing=0.1)
+    torch.testing.assert_close(smoothed.losses, 0.9 * right.losses + 0.1 * wrong.losses)
+    assert smoothed.logits.tolist() == right.logits.tolist()
+
+
 def test_loss_refuses():
     side = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"label_smoothing=0.5 is outside \[0, 0.5\)"):
+        preference_loss(side, side, side, side, side, side, beta=0.1, label_smoothing=0.5)
     for beta in (0, -0.1, math.nan):
         with pytest.raises(ValueError, match="must be above 0"):
             preference_loss(side, side, side, side, side, side, beta=beta)

@@ -275,6 +275,26 @@ def test_preference_log_is_what_the_formulas_give(tmp_path):
     assert line["rejected_logprob_by_turn"][2] == pytest.approx(mean(third), rel=1e-5)
 
 
+def test_sft_term_smoothing_and_length_normalisation_are_what_the_formulas_give(tmp_path):
+    pairs, model = toy_pairs(8), tiny_model()
+    with torch.no_grad():
+        policy = [[_turn_logprobs(model, side) for side in pair] for pair in pairs]
+    reference = [(pair[0] - 0.5, pair[1] + 0.25) for pair in policy]
+    terms = {"nll": 0.5, "label_smoothing": 0.2, "beta": 3.0, "micro_batch_size": 2}
+    config = PreferenceConfig(**PREFERENCE | terms)
+    lists = [tuple(side.tolist() for side in pair) for pair in reference]
+    training.run_preference(model, pairs, lists, Discount.TRAJECTORY, config, tmp_path, seed=0, per_token=True)
+    losses, nlls = [], []
+    for sides, ours in zip(pairs, policy, strict=True):
+        tokens = [side.trained_tokens for side in sides]
+        margin = 3.0 * (0.5 * len(ours[0]) / tokens[0] + 0.25 * len(ours[1]) / tokens[1])
+        nlls.append(-float(ours[0].sum()) / tokens[0])
+        losses.append(0.8 * math.log1p(math.exp(-margin)) + 0.2 * math.log1p(math.exp(margin)) + 0.5 * nlls[-1])
+    line = log_of(tmp_path)[0]
+    assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert line["chosen_nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-4)
+
+
 def _turn_logprobs(model, rendered: Rendered) -> torch.Tensor:
     """[T], without any of the code under test."""
     logprobs = model(torch.tensor([rendered.ids])).logits[0].log_softmax(-1)
