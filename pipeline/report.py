@@ -133,7 +133,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
             row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(evaluated))
         ],
         "kinds": _rows(statistics.summary(evaluated, by_kind=True)),
-        "paired": [row for pair in _compared(every) for row in _rows(statistics.paired(evaluated, *pair))],
+        "paired": _rows(statistics.paired_all(evaluated, _compared(every))),
         "statuses": _rows(statistics.statuses(evaluated)),
     }
     drawn: dict[str, str] = {}

@@ -215,6 +215,12 @@ def paired(
     return pd.DataFrame(judged(rows))
 
 
+def paired_all(episodes: Sequence[Trajectory], compared: Iterable[tuple[Sequence[str], str]]) -> pd.DataFrame:
+    """`paired` of several groups of methods, each with its own baseline, judged as one table."""
+    tables = [paired(episodes, methods, baseline) for methods, baseline in compared]
+    return pd.DataFrame(judged(pd.concat(tables).to_dict("records")))
+
+
 def comparison(values_ST: Array, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:  # noqa: N803
     """One paired comparison.
 

@@ -15,6 +15,7 @@ from pipeline.statistics import (
     interval,
     judged,
     paired,
+    paired_all,
     reward_matrix,
     rewards_table,
     sign_flip_test,
@@ -301,3 +302,13 @@ def test_reward_matrix_has_a_gap_where_a_seed_did_not_play():
     assert table.index.tolist() == [0, 1]
     assert table["toy:a:1"].tolist() == [1.0, 0.0]
     assert math.isnan(table["toy:a:2"][1])
+
+
+def test_groups_with_their_own_baselines_are_corrected_as_one_table():
+    episodes = both([[0.9, 0.8, 0.7, 0.9, 0.8, 0.9]], [[0.1, 0.2, 0.1, 0.0, 0.1, 0.2]])
+    one = paired(episodes, ["dmpo"], "sft").iloc[0]
+    two = paired_all(episodes, [(["dmpo"], "sft"), (["sft"], "dmpo")])
+    assert list(zip(two["method"], two["baseline"], strict=True)) == [("dmpo", "sft"), ("sft", "dmpo")]
+    assert two["p_holm"].tolist() == [2 * one["p"]] * 2
+    assert two["verdict"].tolist() == ["not told apart"] * 2
+    assert one["verdict"] == "better"
