@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                          a small policy trained from nothing, on a laptop
 #   bash run_all.sh tiny seed=0,1,2          three seeds
-#   bash run_all.sh tiny method=dmpo,trajectory run=versus
+#   bash run_all.sh tiny method=dmpo,dpo,rft run=versus
 #
 # What is done already is not done again; a run that was stopped goes on where it was. `python -m pipeline STAGE RECIPE
 # [key=value ...]` runs one stage, `--help` explains every key.
