@@ -95,6 +95,10 @@ class TextEnv(gymnasium.Env[str, str]):
         return {}
 
     @abstractmethod
+    def __init__(self, settings: Any) -> None:
+        """An environment with its section of a recipe (an instance of its `Settings`)."""
+
+    @abstractmethod
     def valid_actions(self) -> list[str]:
         """Every action that the environment would understand now, sorted; may be slow."""
 

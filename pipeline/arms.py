@@ -83,9 +83,10 @@ class Arm:
         """Whether a stage of a round has finished, with these settings or others."""
         return (self.folder(env, seed, stage, number) / runs.MANIFEST).is_file()
 
-    def plays(self, policy: Path, env: str, seed: int) -> bool:
-        """Whether it is policy 0 itself, this one, in the environment that it learned in."""
-        return not self.method.is_trained and self.policy(env, seed) == policy and not self.config.evaluate.env
+    def is_explorer_of(self, folder: Path, env: str, seed: int) -> bool:
+        """Whether it is policy 0 itself, evaluated just as it explores in this `rollout` folder: one engine does both."""
+        explores = self.folder(env, seed, "rollout") == folder
+        return explores and not self.method.is_trained and not self.config.evaluate.env
 
     def _keys(self, stage: str) -> list[str]:
         """Those of the arm's keys that change a stage, as parts of a folder's name."""
@@ -109,6 +110,16 @@ def trained(config: Config) -> list[Arm]:
 def preferring(config: Config) -> list[Arm]:
     """Those of the trained arms that learn from pairs."""
     return [arm for arm in trained(config) if arm.method.discount is not None]
+
+
+def pairings(config: Config, env: str, seed: int, stage: str) -> list[tuple[Arm, int]]:
+    """Every folder of the stage `pairs` or `reference`, once: one of the arms that share it, and the round."""
+    folders = {
+        arm.folder(env, seed, stage, number): (arm, number)
+        for arm in preferring(config)
+        for number in arm.open_rounds(env, seed)
+    }
+    return list(folders.values())
 
 
 def baseline(arm: Arm, others: Sequence[Arm]) -> Arm:

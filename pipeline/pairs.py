@@ -4,7 +4,6 @@
 """
 
 from collections import Counter
-from pathlib import Path
 
 from pipeline import arms, jobs, pairing, runs, steps
 from pipeline.arms import Arm
@@ -19,12 +18,8 @@ def main(config: Config) -> None:
     """Write the pairs of each environment and seed, for every way of making them and every round."""
     for env in config.env.names:
         for seed in config.seed:
-            done: set[Path] = set()
-            for arm in arms.preferring(config):
-                for number in arm.open_rounds(env, seed):
-                    if (folder := arm.folder(env, seed, "pairs", number)) not in done:
-                        done.add(folder)
-                        _stage(arm, env, seed, number)
+            for arm, number in arms.pairings(config, env, seed, "pairs"):
+                _stage(arm, env, seed, number)
 
 
 def _stage(arm: Arm, env: str, seed: int, number: int) -> None:

@@ -34,12 +34,8 @@ def main(config: Config) -> None:
     """Write the reference log-probs of each environment and seed, for every set of pairs."""
     for env in config.env.names:
         for seed in config.seed:
-            done: set[Path] = set()
-            for arm in arms.preferring(config):
-                for number in arm.open_rounds(env, seed):
-                    if (folder := arm.folder(env, seed, "reference", number)) not in done:
-                        done.add(folder)
-                        _stage(arm, env, seed, number)
+            for arm, number in arms.pairings(config, env, seed, "reference"):
+                _stage(arm, env, seed, number)
 
 
 def _stage(arm: Arm, env: str, seed: int, number: int) -> None:

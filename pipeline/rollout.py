@@ -23,7 +23,7 @@ def main(config: Config) -> None:
                 if folder not in played:
                     played.add(folder)
                     policy = arm.policy(env, seed, 0)
-                    evaluated = [one for one in every if one.plays(policy, env, seed)]
+                    evaluated = [one for one in every if one.is_explorer_of(folder, env, seed)]
                     evaluation = [job for one in evaluated for job in jobs.evaluation(one, env, seed)]
                     jobs.run(arm.config, [*explorations(arm, env, seed, 1), *evaluation], policy, "sft")
                 for number in range(2, arm.rounds + 1):

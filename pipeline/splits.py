@@ -55,7 +55,7 @@ def task_lists(config: Config, name: str) -> dict[str, list[str]]:
     env = envs.load(name)
     settings = jobs.section(config, env)
     env.prepare(settings, config.workers.processes)
-    with contextlib.closing(env(settings)) as opened:  # type: ignore[call-arg]
+    with contextlib.closing(env(settings)) as opened:
         played = {split: opened.tasks(split) for split in envs.SPLITS}
         return played | {f"published {split}": tasks for split, tasks in opened.published().items()}
 

@@ -69,6 +69,27 @@ def test_arms_with_the_same_keys_share_what_they_change():
     assert first.policy("sciworld", 0) == BASE / "train/dpo"
 
 
+def test_policy_0_is_evaluated_by_the_engine_that_explores_only_where_it_plays_the_same_way():
+    keys = {
+        "hot": {"method": "dmpo", "play.max_tokens": 9},
+        "shifted": {"method": "sft", "evaluate.env": {"example": False}},
+    }
+    every = {one.name: one for one in arms.of(recipe(method=["dmpo", "bon"], arms=keys))}
+
+    def explorers(name):
+        folder = every[name].folder("sciworld", 0, "rollout")
+        return [one.name for one in every.values() if one.is_explorer_of(folder, "sciworld", 0)]
+
+    assert explorers("dmpo") == ["sft", "bon"]
+    assert explorers("hot") == []
+
+
+def test_arms_that_share_pairs_make_them_once():
+    config = recipe(method=["dpo", "dmpo"], arms={"strict": {"method": "dmpo", "pairs.min_gap": 0.5}})
+    made = [one.folder("sciworld", 0, "pairs", number) for one, number in arms.pairings(config, "sciworld", 0, "pairs")]
+    assert made == [BASE / "pairs", BASE / "arms/pairs.min_gap=0.5/pairs"]
+
+
 def test_step_has_pairs_of_its_own():
     config = recipe(method=["dpo", "step"])
     folders = [one.folder("sciworld", 0, "pairs") for one in arms.preferring(config)]
