@@ -84,7 +84,7 @@ class Arm:
         return (self.folder(env, seed, stage, number) / runs.MANIFEST).is_file()
 
     def is_explorer_of(self, folder: Path, env: str, seed: int) -> bool:
-        """Whether it is policy 0 itself, evaluated just as it explores in this `rollout` folder: one engine does both."""
+        """Whether it is policy 0 itself, and plays when evaluated as it does when exploring into this folder."""
         explores = self.folder(env, seed, "rollout") == folder
         return explores and not self.method.is_trained and not self.config.evaluate.env
 
