@@ -35,6 +35,7 @@ def _known_environment(name: str) -> str:
 
 
 Seed = Annotated[int, Field(ge=0)]
+RunName = Annotated[str, BeforeValidator(str), Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")]
 
 
 class Section(BaseModel):
@@ -320,8 +321,11 @@ class EvaluateConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run: Annotated[str, BeforeValidator(str)] = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
+    run: RunName = ""
     """Name of the run's folder under runs/; empty: the recipe's name."""
+    reuse: Annotated[list[RunName], BeforeValidator(comma_list), AfterValidator(_distinct)] = []
+    """Other runs whose finished stages are taken over where settings and inputs are the same: studies that begin alike
+    train one SFT policy, and seeds that were run apart (`seed=0 run=a`, `seed=1 run=b`) become one table."""
     seed: Annotated[list[Seed], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)] = [0]
     """Seeds; each is a whole run of its own, and the table averages over them."""
     method: Annotated[list[Method], BeforeValidator(comma_list), AfterValidator(_distinct)] = [Method.DMPO]
@@ -407,7 +411,7 @@ def choices_of(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, 
     return own, [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
 
 
-SHARED = ("run", "seed", "arms", "workers")
+SHARED = ("run", "reuse", "seed", "arms", "workers")
 """Keys that no arm can have for itself."""
 
 

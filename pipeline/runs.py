@@ -237,7 +237,7 @@ def _git_commit() -> str | None:
 
 @contextlib.contextmanager
 def locked(config: Config) -> Iterator[None]:
-    """Hold the run folder, and save the resolved recipe in it.
+    """Hold the run folder, take over what it reuses, and save the resolved recipe in it.
 
     Raises:
         ValueError: another process works in the folder.
@@ -255,7 +255,27 @@ def locked(config: Config) -> Iterator[None]:
             ) from None
         with atomic_write(config.folder / "config.yaml") as file:
             yaml.safe_dump(config.model_dump(mode="json"), file, sort_keys=False)
+        for name in config.reuse:
+            _take_over(config, config.folder.parent / name)
         yield
+
+
+def _take_over(config: Config, other: Path) -> None:
+    """Link another run's finished stages into a run that has not begun them; `stage` remakes those whose key differs.
+
+    Hard links take no room; a finished output is replaced, never written into, so neither run can change the other's.
+    """
+    if not other.is_dir():
+        sys.stderr.write(f"reuse: there is no run in {other}; all stages are made here.\n")
+    for env in config.env.names:
+        for seed in config.seed:
+            for manifest in (other / env / f"seed{seed}").rglob(MANIFEST):
+                mine = config.folder / manifest.parent.relative_to(other)
+                if not mine.exists():
+                    half = mine.with_name(f"{mine.name}.half")
+                    shutil.rmtree(half, ignore_errors=True)
+                    shutil.copytree(manifest.parent, half, copy_function=os.link)
+                    half.rename(mine)
 
 
 def is_main_process() -> bool:

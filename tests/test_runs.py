@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,27 @@ def test_the_second_process_in_a_run_folder_is_refused(tmp_path, monkeypatch):
     assert refused.returncode != 0
     assert "Another process works in runs/twice" in refused.stderr
     assert subprocess.run([sys.executable, "-c", other], cwd=tmp_path).returncode == 0
+
+
+def test_a_run_takes_over_what_another_did_the_same_way_and_leaves_the_other_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs, mine = (Path("runs") / name / "sciworld" / "seed1" for name in ("first", "second"))
+    make(theirs / "sft", {"lr": 1})
+    make(theirs / "train" / "dpo", {"beta": 1}, {"sft": theirs / "sft"})
+    make(theirs / "train" / "dmpo", {"beta": 1}, {"sft": theirs / "sft"})
+    make(Path("runs/first/sciworld/seed0/sft"), {"lr": 1})
+
+    with runs.locked(Config(run="second", reuse=["first"], seed=[1], env={"names": ["sciworld"]})):
+        assert not make(mine / "sft", {"lr": 1})
+        assert not make(mine / "train" / "dpo", {"beta": 1}, {"sft": mine / "sft"})
+        assert make(mine / "train" / "dmpo", {"beta": 2}, {"sft": mine / "sft"}, text="other")
+
+    assert not Path("runs/second/sciworld/seed0").exists()
+    assert not make(theirs / "train" / "dmpo", {"beta": 1}, {"sft": theirs / "sft"})
+    assert (theirs / "train" / "dmpo" / "out.txt").read_text() == "x"
+
+
+def test_a_run_to_reuse_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with runs.locked(Config(run="second", reuse=["gone"])):
+        assert "there is no run in runs/gone" in capsys.readouterr().err
