@@ -11,10 +11,10 @@ CHOICE = "choice.json"
 
 
 def best(arm: Arm, env: str, seed: int) -> Arm:
-    """Play the dev split with each candidate, and note the best, the first of equal ones; nothing else is looked at."""
-    for candidate in arm.candidates:
-        played = jobs.evaluation(candidate, env, seed, ["dev"])
-        jobs.run(candidate.config, played, candidate.policy(env, seed), candidate.made_by())
+    """The candidate with the best reward on the dev split, the first of equal ones; nothing else is looked at.
+
+    Every candidate has played it (`jobs.on_dev`).
+    """
     places = {one.name: one.folder(env, seed, "evaluate") / "dev" for one in arm.candidates}
     folder = runs.seed_folder(arm.config, env, seed) / "choose" / arm.name
     with runs.stage(folder, settings={"among": list(places)}, inputs=places) as stage:

@@ -10,17 +10,19 @@ from pipeline.config import Config
 
 def main(config: Config) -> None:
     """Play what is missing for the reward table; write the table, and the card of what it was measured under."""
-    wanted: list[jobs.Job] = []
-    for env in config.env.names:
-        for seed in config.seed:
-            baselines = [job for name in jobs.BASELINES for job in jobs.baseline(config, env, seed, name)]
-            jobs.run(config, baselines)
-            wanted += baselines
-            for arm in arms.of(config):
-                own = jobs.evaluation(arm, env, seed)
-                player = choose.best(arm, env, seed) if arm.candidates else arm
-                jobs.run(arm.config.when_evaluated, own, player.policy(env, seed), player.made_by())
-                wanted += own
+    every = [(arm, env, seed) for env in config.env.names for seed in config.seed for arm in arms.of(config)]
+    jobs.run([jobs.on_dev(one, env, seed) for arm, env, seed in every for one in arm.candidates])
+    wanted = [
+        job
+        for env in config.env.names
+        for seed in config.seed
+        for name in jobs.BASELINES
+        for job in jobs.baseline(config, env, seed, name)
+    ]
+    for arm, env, seed in every:
+        player = choose.best(arm, env, seed) if arm.candidates else arm
+        wanted += jobs.evaluation(arm, env, seed, player)
+    jobs.run(wanted)
     inputs = {"/".join(job.folder.parts[-5:]): job.folder for job in wanted}
     with runs.stage(config.folder / "evaluate", settings={}, inputs=inputs) as stage:
         if not stage.done or not all((config.folder / name).is_file() for name in ("rewards.csv", card.CARD)):

@@ -70,7 +70,7 @@ async def solve(
     Returns:
         The trajectories that reach the full reward, in the order of the tasks, and what the manifest says of the rest.
     """
-    job = jobs.Job(folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
+    job = jobs.Job(config=config, folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env, config.env.dev_tasks)
         earlier, half_written = recover_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)

@@ -10,6 +10,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.axes import Axis
+
 Row = Mapping[str, Any]
 Logs = Mapping[tuple[str, int], Sequence[Row]]
 """Training log lines by method (`sft` among them) and seed."""
@@ -63,7 +65,7 @@ SIDES = {"chosen": "-", "rejected": "--"}
 
 
 def draw(
-    env: str, summary: Sequence[Row], by_seed: Sequence[Row], logs: Logs, methods: Sequence[str]
+    env: str, summary: Sequence[Row], by_seed: Sequence[Row], logs: Logs, methods: Sequence[str], axis: Axis | None
 ) -> dict[str, Figure]:
     """Every figure of one environment that there are data for, by its file name.
 
@@ -73,12 +75,14 @@ def draw(
         by_seed: rows of `statistics.rewards_table` of the same.
         logs: of SFT and of each method.
         methods: the preference methods, in the order of their colours.
+        axis: the number that the run varies, if it does.
     """
     sft = {key: log for key, log in logs.items() if key[0] == "sft"}
     preference = {key: log for key, log in logs.items() if key[0] in methods}
     with mpl.rc_context(STYLE):
         drawn = {
             f"rewards-{env}": _rewards(summary, by_seed, methods),
+            f"axis-{env}": _over_axis(summary, axis) if axis else None,
             f"sft-{env}": _curves(sft, methods),
             f"preference-{env}": _curves(preference, methods),
             f"turns-{env}": _turns(preference, methods),
@@ -112,6 +116,33 @@ def _rewards(summary: Sequence[Row], by_seed: Sequence[Row], methods: Sequence[s
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.grid(visible=False, axis="y")
         panel.tick_params(axis="y", length=0)
+    return figure
+
+
+def _over_axis(summary: Sequence[Row], axis: Axis) -> Figure:
+    """Mean rewards with their intervals over the values of a key, one panel a split; the SFT policy as a band."""
+    splits = list(dict.fromkeys(row["split"] for row in summary))
+    cells = {(row["method"], row["split"]): row for row in summary}
+    colour = _colours(list(axis.lines))
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    spread = np.linspace(-0.12, 0.12, len(axis.lines)) if len(axis.lines) > 1 else [0.0]
+    for panel, split in zip(panels, splits, strict=True):
+        sft = cells["sft", split]
+        if sft["reward_low"] is not None:
+            panel.axhspan(sft["reward_low"], sft["reward_high"], color=GREY, alpha=0.15, lw=0)
+        panel.axhline(sft["reward"], color=GREY, lw=0.8)
+        for (line, arms), aside in zip(axis.lines.items(), spread, strict=True):
+            rows = [cells[arm, split] for _, arm in sorted(arms.items())]
+            places = [axis.values.index(value) + aside for value in sorted(arms)]
+            panel.plot(places, [row["reward"] for row in rows], "o-", ms=4, color=colour[line])
+            for place, row in zip(places, rows, strict=True):
+                if row["reward_low"] is not None:
+                    panel.plot([place] * 2, [row["reward_low"], row["reward_high"]], color=colour[line], lw=0.8)
+        panel.set(title=f"{split} ({sft['n']} tasks)", xlabel=axis.key)
+        panel.set_xticks(range(len(axis.values)), [f"{value:g}" for value in axis.values])
+    panels[0].set_ylabel("mean reward, 95 % CI")
+    _legend(figure, {"sft": GREY} | colour, two_sided=False)
     return figure
 
 

@@ -1,7 +1,8 @@
 """What is to be played by whom, and the process that plays it.
 
-A `Job` is all episodes of one policy on one split; its folder is a stage of its own, with a manifest. All jobs of one
-checkpoint are played by one engine process, which then exits: no engine ever serves weights that changed under it.
+A `Job` is all episodes of one policy on one split; its folder is a stage of its own, with a manifest. One engine
+process plays all jobs whose policies have one shape, one policy after the other: a job ends before the next policy is
+loaded into the engine, and plays as in an engine of its own (tests/test_engines.py).
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -26,9 +27,13 @@ from envs.processes import fresh_processes
 from pipeline import runs
 from pipeline.arms import Arm
 from pipeline.config import Config
+from pipeline.engines import Engine, load_engine
 from pipeline.methods import Method
 from pipeline.play import Episode, ExpertPlayer, Player, PolicyPlayer, RandomPlayer, play_episodes
 from pipeline.records import JsonlAppender, Trajectory, read_jsonl, recover_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from pipeline.rendering import Renderer
 
 EPISODES = runs.EPISODES
 BASELINES = ("random", "expert")
@@ -43,11 +48,17 @@ LEARNT = ("train", "dev")
 class Job:
     """Episodes of one policy on one split."""
 
+    config: Config
+    """What it is played under."""
     folder: Path
     env: str
     seed: int
     policy: str
     """`random`, `expert`, or the name of a trained policy."""
+    checkpoint: Path | None = None
+    """The stage whose `policy/` plays; None for `random` and `expert`, which need no engine."""
+    made_by: str = ""
+    """The name of that stage on the command line."""
     split: str
     """`train`, `seen`, `unseen`, or `dev`, the training tasks that are set aside."""
     temperature: float = 0.0
@@ -62,9 +73,9 @@ class Job:
     """Whether `samples` episodes begin after none, one, ... all but the last turn of each of those trajectories."""
 
 
-def settings(config: Config, job: Job) -> dict[str, Any]:
+def settings(job: Job) -> dict[str, Any]:
     """What a job's episodes depend on besides the policy."""
-    env = envs.load(job.env)
+    env, config = envs.load(job.env), job.config
     served = job.policy not in BASELINES
     return runs.settings_of(
         *([config.play] if served else []),
@@ -98,63 +109,87 @@ def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
     return EnvPool(env, settings, workers=workers.processes, slots=workers.slots, timeout=workers.timeout)
 
 
-def evaluation(arm: Arm, env: str, seed: int, splits: Sequence[str] | None = None) -> list[Job]:
-    """The jobs that evaluate an arm, on the splits of its recipe if none are named: greedy, one episode a task.
+def evaluation(arm: Arm, env: str, seed: int, player: Arm | None = None) -> list[Job]:
+    """The jobs that evaluate an arm: greedy, one episode a task.
 
     `bon` plays as many at a temperature as it chooses from.
+
+    Args:
+        arm: gives the name, the folder, and what is played and how.
+        env: the environment.
+        seed: the seed.
+        player: the candidate that stands for an arm with `choose`.
     """
-    config, folder = arm.config, arm.folder(env, seed, "evaluate")
+    return [_evaluating(arm, env, seed, split, player or arm) for split in arm.config.evaluate.splits]
+
+
+def on_dev(candidate: Arm, env: str, seed: int) -> Job:
+    """The job by which a candidate is compared with the others: on the training tasks that are set aside."""
+    return _evaluating(candidate, env, seed, "dev", candidate)
+
+
+def _evaluating(arm: Arm, env: str, seed: int, split: str, player: Arm) -> Job:
+    config = arm.config if split in LEARNT else arm.config.when_evaluated
     several = arm.method == Method.BON
-    return [
-        Job(
-            folder=folder / split,
-            env=env,
-            seed=seed,
-            policy=arm.name,
-            split=split,
-            limit=config.evaluate.tasks,
-            temperature=config.bon.temperature if several else 0.0,
-            samples=config.bon.samples if several else 1,
-        )
-        for split in splits or config.evaluate.splits
-    ]
+    return Job(
+        config=config,
+        folder=arm.folder(env, seed, "evaluate") / split,
+        env=env,
+        seed=seed,
+        policy=arm.name,
+        checkpoint=player.policy(env, seed),
+        made_by=player.made_by(),
+        split=split,
+        limit=config.evaluate.tasks,
+        temperature=config.bon.temperature if several else 0.0,
+        samples=config.bon.samples if several else 1,
+    )
 
 
 def baseline(config: Config, env: str, seed: int, name: str) -> list[Job]:
     """The jobs of one of the baselines on the splits of a recipe."""
-    folder = runs.seed_folder(config, env, seed) / "evaluate" / name
+    folder, limit = runs.seed_folder(config, env, seed) / "evaluate" / name, config.evaluate.tasks
     return [
-        Job(folder=folder / split, env=env, seed=seed, policy=name, split=split, limit=config.evaluate.tasks)
+        Job(config=config, folder=folder / split, env=env, seed=seed, policy=name, split=split, limit=limit)
         for split in config.evaluate.splits
     ]
 
 
-def run(config: Config, jobs: Sequence[Job], checkpoint: Path | None = None, made_by: str = "") -> None:
+def run(jobs: Sequence[Job]) -> None:
     """Play what is not played yet.
 
-    Args:
-        config: the run.
-        jobs: of one environment and one policy (or of baselines, which need no engine).
-        checkpoint: the stage folder whose `policy/` plays; None for baselines.
-        made_by: the stage that makes the checkpoint.
-
     Raises:
-        ValueError: the checkpoint is not there.
+        ValueError: the checkpoint of a job is not there.
         RuntimeError: the engine process died.
     """
     with contextlib.ExitStack() as stack:
-        waiting: list[tuple[Job, runs.Stage]] = []
+        waiting: dict[str, list[tuple[Job, runs.Stage]]] = defaultdict(list)
         for job in jobs:
-            inputs = {made_by: checkpoint} if checkpoint else {}
+            inputs = {job.made_by: job.checkpoint} if job.checkpoint else {}
             if job.only:
                 inputs["experts"] = job.only.parent
-            work = stack.enter_context(runs.stage(job.folder, settings=settings(config, job), inputs=inputs))
+            work = stack.enter_context(runs.stage(job.folder, settings=settings(job), inputs=inputs))
             if not work.done:
-                waiting.append((job, work))
-        if waiting:
-            facts = _in_own_process(_play, config, [job for job, _ in waiting], checkpoint and checkpoint / "policy")
-            for (_, work), fact in zip(waiting, facts, strict=True):
+                waiting[_sharing(job)].append((job, work))
+        for together in waiting.values():
+            facts = _in_own_process(_play, [job for job, _ in together])
+            for (_, work), fact in zip(together, facts, strict=True):
                 work.facts.update(fact)
+
+
+def _sharing(job: Job) -> str:
+    """The same for jobs that can share an engine and an environment's workers."""
+    config, served = job.config, job.checkpoint is not None
+    return runs.digest(
+        [
+            job.env,
+            section(config, envs.load(job.env)).model_dump(mode="json"),
+            config.workers.model_dump(),
+            config.engine.model_dump() if served else None,
+            config.model.max_length if served else None,
+            (job.checkpoint / "policy" / "config.json").read_text("utf-8") if job.checkpoint else None,
+        ]
+    )
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -170,42 +205,55 @@ def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
             ) from None
 
 
-def _play(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Play jobs in this process; returns what each manifest is to say."""
-    return asyncio.run(_play_jobs(config, jobs, checkpoint))
+def _play(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Play jobs that can share an engine, in this process; returns what each manifest is to say."""
+    return asyncio.run(_play_jobs(jobs))
 
 
-async def _play_jobs(config: Config, jobs: Sequence[Job], checkpoint: Path | None) -> list[dict[str, Any]]:
-    env = envs.load(jobs[0].env)
+async def _play_jobs(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    config, env = jobs[0].config, envs.load(jobs[0].env)
     lock = (config.folder / ".playing").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a killed run may take a moment to notice that it is alone
     async with open_pool(config, env) as pool:
-        with _players(config, checkpoint) as make_player:
-            return [await _play_job(config, job, pool, env, make_player) for job in jobs]
+        with _engine(jobs[0]) as engine:
+            return [await _play_job(job, pool, env, _players(job, engine)) for job in jobs]
 
 
 @contextlib.contextmanager
-def _players(config: Config, checkpoint: Path | None) -> Iterator[Callable[[Job], Player]]:
-    """What makes a job's players; holds the engine where a policy plays."""
-    if checkpoint is None:
-        yield lambda job: {"random": RandomPlayer, "expert": ExpertPlayer}[job.policy]()
+def _engine(job: Job) -> Iterator[Engine | None]:
+    """The engine that plays a job, and after it others; none where no policy plays."""
+    if job.checkpoint is None:
+        yield None
         return
+    checkpoint = job.checkpoint / "policy"
+    with contextlib.closing(
+        load_engine(job.config.engine, checkpoint, job.config.model.max_length, _renderer(checkpoint).end_token_ids)
+    ) as engine:
+        yield engine
+
+
+def _players(job: Job, engine: Engine | None) -> Callable[[], Player]:
+    """What makes a job's players, once the engine serves its policy."""
+    if engine is None or job.checkpoint is None:
+        return {"random": RandomPlayer, "expert": ExpertPlayer}[job.policy]
+    renderer = _renderer(job.checkpoint / "policy")
+    engine.load(job.checkpoint / "policy", renderer.end_token_ids)
+    return lambda: PolicyPlayer(engine, renderer, job.config.play, job.temperature, job.top_p)
+
+
+def _renderer(checkpoint: Path) -> "Renderer":
     from transformers import AutoTokenizer
 
-    from pipeline.engines import load_engine
     from pipeline.rendering import Renderer
 
-    renderer = Renderer(AutoTokenizer.from_pretrained(checkpoint))
-    engine = load_engine(config.engine, checkpoint, config.model.max_length, renderer.end_token_ids)
-    with contextlib.closing(engine):
-        yield lambda job: PolicyPlayer(engine, renderer, config.play, job.temperature, job.top_p)
+    return Renderer(AutoTokenizer.from_pretrained(checkpoint))
 
 
 async def _play_job(
-    config: Config, job: Job, pool: EnvPool, env: type[envs.TextEnv], make_player: Callable[[Job], Player]
+    job: Job, pool: EnvPool, env: type[envs.TextEnv], make_player: Callable[[], Player]
 ) -> dict[str, Any]:
     """Play the episodes of one job that its file does not hold yet."""
-    began = time.monotonic()
+    began, config = time.monotonic(), job.config
     path = job.folder / EPISODES
     done, dropped = recover_jsonl(path, Trajectory) if path.is_file() else ([], 0)
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
@@ -228,7 +276,7 @@ async def _play_job(
         await play_episodes(
             pool,
             episodes,
-            lambda _: make_player(job),
+            lambda _: make_player(),
             config.play,
             appender,
             example=config.env.example and job.policy not in BASELINES,

@@ -120,7 +120,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
         ValueError: a file of a stage cannot be read, or nothing was evaluated.
     """
     import envs
-    from pipeline import figures, statistics, viewer
+    from pipeline import axes, figures, statistics, viewer
 
     every = arms.of(config)
     played = _episodes(config, stages)
@@ -137,6 +137,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
         "statuses": _rows(statistics.statuses(evaluated)),
     }
     drawn: dict[str, str] = {}
+    axis = axes.axis([arm for arm in every if arm.name in config.arms])
     for env in config.env.names:
         logs = {
             (one.name.rpartition("/")[2], one.seed): read_log(one.folder / "log.jsonl")
@@ -144,7 +145,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
             if one.env == env and (one.name == "sft" or one.name.startswith("train/"))
         }
         of_env = _of(tables["rewards"], env), _of(_rows(by_seed), env)
-        for name, figure in figures.draw(env, *of_env, logs, [arm.name for arm in every[1:]]).items():
+        for name, figure in figures.draw(env, *of_env, logs, [arm.name for arm in every[1:]], axis).items():
             for suffix in ("pdf", "svg"):
                 with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
                     file.write(image := figures.save(figure, suffix, name))

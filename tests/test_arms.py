@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import arms, choose, runs
+from pipeline import arms, choose, jobs, runs
 from pipeline.config import Config, choices_of, load
 from pipeline.methods import Discount, Method
+from pipeline.records import write_jsonl
 from pipeline.train import successes
 from tests.synthetic_run import play
 from tests.test_records import trajectory
@@ -166,20 +167,12 @@ def test_the_best_on_dev_is_chosen_the_first_of_equal_ones(tmp_path, monkeypatch
     picked = arm("picked", env={"dev_tasks": 2}, arms={"picked": keys})
     assert [one.name for one in picked.candidates] == [f"picked@train.gamma={gamma}" for gamma in (0.1, 0.5, 0.9)]
 
-    def dev(config, played, *_):
-        (job,) = played
+    for candidate, reward in zip(picked.candidates, (0.2, 0.6, 0.6), strict=True):
+        job = jobs.on_dev(candidate, "sciworld", 0)
         assert job.split == "dev"
-        with runs.stage(job.folder, settings={}) as stage:
-            if not stage.done:
-                reward = {0.1: 0.2, 0.5: 0.6, 0.9: 0.6}[config.train.gamma]
-                runs.write_json(job.folder / "unused.json", {})
-                with (job.folder / "episodes.jsonl").open("w") as file:
-                    from pipeline.records import dump_line
+        with runs.stage(job.folder, settings={}):
+            write_jsonl(job.folder / runs.EPISODES, [trajectory(id=f"t:{number}", reward=reward) for number in (0, 1)])
 
-                    for number in range(2):
-                        file.write(dump_line(trajectory(id=f"t:{number}", reward=reward)))
-
-    monkeypatch.setattr(choose.jobs, "run", dev)
     assert choose.best(picked, "sciworld", 0).name == "picked@train.gamma=0.5"
     manifest = runs.read_manifest(BASE / "choose/picked", "evaluate")
     assert manifest["facts"]["notes"].startswith("picked@train.gamma=0.5 was chosen by its reward on dev (")

@@ -159,9 +159,11 @@ def played(config: Config, seed: int, *, temperature: float = 0.0) -> Path:
         (checkpoint / "policy" / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
         (checkpoint / "policy" / "model.safetensors").write_text(f"weights {seed}", "utf-8")
     folder = runs.seed_folder(config, "sciworld", seed) / "evaluate" / "dmpo" / "seen"
-    job = jobs.Job(folder=folder, env="sciworld", seed=seed, policy="dmpo", split="seen", temperature=temperature)
+    job = jobs.Job(
+        config=config, folder=folder, env="sciworld", seed=seed, policy="dmpo", split="seen", temperature=temperature
+    )
     source = read_jsonl(episodes_of(config, "dmpo", seed=seed), Trajectory)
-    with runs.stage(folder, settings=jobs.settings(config, job), inputs={"train": checkpoint}):
+    with runs.stage(folder, settings=jobs.settings(job), inputs={"train": checkpoint}):
         write_jsonl(folder / runs.EPISODES, source)
     return folder
 

@@ -32,13 +32,25 @@ def hf(policy):
 
 
 @pytest.fixture(scope="session")
-def vllm(policy):
-    """One engine for all tests here; the second of its process, since a stage too starts one after the other.
+def other(tmp_path_factory):
+    """Another policy of the same shape."""
+    return save_tiny_policy(tmp_path_factory.mktemp("other"), vocab_size=VOCABULARY, max_length=2048, seed=1)
+
+
+@pytest.fixture(scope="session")
+def fresh(other):
+    """What an engine says that was started with the other policy: the first engine of this process.
 
     The process has imported Flask, whose proxies vLLM's start stumbles over.
     """
     importlib.import_module("flask")
-    load_engine(EngineSettings(), policy, 2048, [END]).close()
+    with contextlib.closing(load_engine(EngineSettings(kv_cache_gib=0.5), other, 2048, [END])) as engine:
+        return asyncio.run(ask_all(engine, PROMPTS, GREEDY))
+
+
+@pytest.fixture(scope="session")
+def vllm(policy, fresh):
+    """One engine for all tests here; the second of its process."""
     engine = load_engine(EngineSettings(kv_cache_gib=0.5), policy, 2048, [END])
     yield engine
     engine.close()
@@ -47,6 +59,9 @@ def vllm(policy):
 def prompt(seed, length):
     draw = random.Random(f"{seed} {length}")
     return [draw.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+PROMPTS = [prompt(number, 20 + 40 * number) for number in range(24)]
 
 
 async def ask_all(engine, prompts, sampling=GREEDY):
@@ -126,6 +141,51 @@ class TestEveryEngine:
     async def test_refuses(self, any_engine, ids, message):
         with pytest.raises(ValueError, match=message):
             await any_engine.generate(ids, GREEDY)
+
+
+class TestAnotherCheckpoint:
+    @pytest.mark.vllm
+    async def test_vllm_says_what_a_fresh_engine_says_to_the_last_bit(self, policy, other, vllm, fresh):
+        before = await ask_all(vllm, PROMPTS)
+        vllm.load(other, [END])
+        loaded = await ask_all(vllm, PROMPTS)
+        vllm.load(policy, [END])
+        again = await ask_all(vllm, PROMPTS)
+        assert [reply.token_ids for reply in loaded] == [reply.token_ids for reply in fresh]
+        assert [reply.logprobs for reply in loaded] == [reply.logprobs for reply in fresh]
+        assert [reply.logprobs for reply in again] == [reply.logprobs for reply in before]
+        assert [reply.token_ids for reply in loaded] != [reply.token_ids for reply in before]
+
+    async def test_hf_too(self, policy, other, hf):
+        before = await hf.generate(PROMPTS[0], GREEDY)
+        hf.load(other, [END])
+        loaded = await hf.generate(PROMPTS[0], GREEDY)
+        with contextlib.closing(load_engine(EngineSettings(name="hf"), other, 2048, [END])) as engine:
+            assert loaded == await engine.generate(PROMPTS[0], GREEDY)
+        hf.load(policy, [END])
+        assert before == await hf.generate(PROMPTS[0], GREEDY) != loaded
+
+    @pytest.mark.parametrize("name", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+    async def test_ends_are_those_of_the_new_checkpoint(self, name, policy, request):
+        engine = request.getfixturevalue(name)
+        end = (await engine.generate(PROMPTS[0], GREEDY)).token_ids[3]
+        engine.load(policy, [end])
+        assert (await engine.generate(PROMPTS[0], GREEDY)).token_ids[-1] == end
+        engine.load(policy, [END])
+
+    @pytest.mark.parametrize("name", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+    def test_another_shape_is_refused(self, name, request, tmp_path):
+        wide = save_tiny_policy(tmp_path / "wide", vocab_size=VOCABULARY, max_length=2048, hidden_size=96)
+        with pytest.raises(ValueError, match=r"wide is of another shape than .*it needs an engine of its own"):
+            request.getfixturevalue(name).load(wide, [END])
+
+    @pytest.mark.vllm
+    async def test_not_under_a_running_request(self, other, vllm):
+        running = asyncio.create_task(vllm.generate(PROMPTS[0], Sampling(max_tokens=1500)))
+        await asyncio.sleep(0.2)
+        with pytest.raises(RuntimeError, match="1 requests are under way"):
+            vllm.load(other, [END])
+        running.cancel()
 
 
 class TestHf:

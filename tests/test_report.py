@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import report
+from pipeline.axes import Axis
 from pipeline.config import Config
 from pipeline.figures import draw
 from pipeline.records import Trajectory, read_jsonl
@@ -151,9 +152,25 @@ def test_logs_of_any_shape_are_drawn():
         ("mean", 0): [{"step": 1, "chosen_logp_per_turn": [-1.0, None]}, {"epoch": 1}],
     }
     row = {"method": "dmpo", "split": "seen", "n": 1, "reward": 0.5, "reward_low": None, "reward_high": None}
-    drawn = draw("toy", [row], [row], logs, ["dmpo", "mean"])
+    drawn = draw("toy", [row], [row], logs, ["dmpo", "mean"], None)
     assert [axes.get_title() for axes in drawn["preference-toy"].axes] == ["new number"]
     assert [axes.get_title() for axes in drawn["turns-toy"].axes] == ["mean"]
+
+
+def test_a_study_is_drawn_over_what_it_varies():
+    axis = Axis("train.beta", [0.1, 1.0, 5.0], {"dpo": {0.1: "a", 5.0: "c", 1.0: "b"}, "dmpo": {0.1: "d", 1.0: "e"}})
+    rewards = {"sft": 0.3, "a": 0.4, "b": 0.5, "c": 0.2, "d": 0.6, "e": 0.7}
+    summary = [
+        {"method": name, "split": split, "n": 9, "reward": mean, "reward_low": mean - 0.1, "reward_high": mean + 0.1}
+        for name, mean in rewards.items()
+        for split in ("seen", "unseen")
+    ]
+    figure = draw("toy", summary, [], {}, list("abcde"), axis)["axis-toy"]
+    seen, unseen = figure.axes
+    assert [label.get_text() for label in seen.get_xticklabels()] == ["0.1", "1", "5"]
+    courses = [list(line.get_ydata()) for line in unseen.lines if line.get_marker() == "o"]
+    assert courses == [[0.4, 0.5, 0.2], [0.6, 0.7]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sft", "dpo", "dmpo"]
 
 
 def test_a_log_keeps_the_last_line_of_a_step(tmp_path: Path):

@@ -1,7 +1,8 @@
 """Engines: token prompts in, token completions out.
 
-An engine serves one checkpoint. It never sees text: what a prompt looks like is `pipeline.rendering`'s business. Many
-episodes ask one engine at once; it batches what is waiting, so no episode waits for another one's turn to end.
+An engine serves one checkpoint at a time. It never sees text: what a prompt looks like is `pipeline.rendering`'s
+business. Many episodes ask one engine at once; it batches what is waiting, so no episode waits for another one's turn
+to end.
 
     vllm      the one that plays; CUDA or CPU
     hf        plain transformers, one request at a time: the reference the others are tested against
@@ -47,7 +48,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Serves one checkpoint."""
+    """Serves one checkpoint at a time."""
 
     max_length: int
     """Most tokens of a prompt and its completion together."""
@@ -65,6 +66,19 @@ class Engine(Protocol):
         Raises:
             ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves no room for one token.
             RuntimeError: the engine is closed or has failed.
+        """
+        ...
+
+    def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
+        """Serve another checkpoint of the same shape from now on, as an engine that was started with it would.
+
+        Args:
+            path: checkpoint folder; the one that is served already is not read again.
+            end_token_ids: ids that end a completion.
+
+        Raises:
+            ValueError: the checkpoint's config.json is not the one of the checkpoint that is served.
+            RuntimeError: requests are under way, or the engine is closed or has failed.
         """
         ...
 
@@ -141,6 +155,16 @@ def check_prompt(prompt_ids: Sequence[int], max_length: int, vocabulary: int) ->
     if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocabulary):
         strange = next(token for token in prompt_ids if not 0 <= token < vocabulary)
         raise ValueError(f"Token id {strange} of the prompt is outside the checkpoint's vocabulary of {vocabulary}.")
+
+
+def check_shape(served: Path, path: Path) -> None:
+    """Refuse a checkpoint that cannot take the place of the one that is served.
+
+    Raises:
+        ValueError: the two have not the same config.json.
+    """
+    if (Path(path) / "config.json").read_bytes() != (Path(served) / "config.json").read_bytes():
+        raise ValueError(f"{path} is of another shape than {served} (config.json); it needs an engine of its own.")
 
 
 def refuse_inert(settings: EngineSettings, keys: Sequence[str], why: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt
+from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape
 
 
 class HfEngine:
@@ -36,9 +36,8 @@ class HfEngine:
         self.max_length = max_length
         self._ends = frozenset(end_token_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "float32" if settings.dtype == "auto" and self._device.type == "cpu" else settings.dtype
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        self._model = model.to(self._device).eval()
+        self._dtype = "float32" if settings.dtype == "auto" and self._device.type == "cpu" else settings.dtype
+        self._read(path)
         # One thread is both the queue and the lock: a cancelled request ends before the next one starts.
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")
 
@@ -51,12 +50,25 @@ class HfEngine:
             self._thread, self._complete, list(prompt_ids), sampling
         )
 
+    def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
+        """See `Engine.load`."""
+        if self._thread is None:
+            raise RuntimeError("The engine is closed.")
+        self._ends = frozenset(end_token_ids)
+        if path != self._path:
+            check_shape(self._path, path)
+            self._thread.submit(self._read, path).result()
+
     def close(self) -> None:
         """See `Engine.close`."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
             del self._model
+
+    def _read(self, path: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype, local_files_only=True)
+        self._model, self._path = model.to(self._device).eval(), path
 
     @torch.inference_mode()
     def _complete(self, prompt_ids: list[int], sampling: Sampling) -> Completion:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
-from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, refuse_inert
+from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape, refuse_inert
 
 GIB = 1024**3
 QUIET = {
@@ -57,6 +57,12 @@ class _Request:
     answer: "Future[Completion]"
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    path: Path
+    answer: "Future[None]"
+
+
 class VllmEngine:
     """Continuous batching over everything that waits: no request waits for another one to end.
 
@@ -81,7 +87,8 @@ class VllmEngine:
     ) -> None:
         self.max_length = max_length
         self._ends = list(end_token_ids)
-        self._inbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._path = path
+        self._inbox: queue.SimpleQueue[_Request | _Load | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped: str | None = None
         self._cause: BaseException | None = None
@@ -98,11 +105,18 @@ class VllmEngine:
         """See `Engine.generate`. Cancelling the awaiting task takes the request off the engine."""
         check_prompt(prompt_ids, self.max_length, self._vocabulary)
         request = _Request(list(prompt_ids), sampling, episode, Future())
-        with self._lock:
-            if self._stopped is not None:
-                raise RuntimeError(self._stopped) from self._cause
-            self._inbox.put(request)
+        self._put(request)
         return await asyncio.wrap_future(request.answer)
+
+    def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
+        """See `Engine.load`. The weights are read into the running engine; it starts nothing anew."""
+        if path != self._path:
+            check_shape(self._path, path)
+            load = _Load(path, Future())
+            self._put(load)
+            load.answer.result()
+            self._path = path
+        self._ends = list(end_token_ids)
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -117,6 +131,12 @@ class VllmEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _put(self, message: _Request | _Load) -> None:
+        with self._lock:
+            if self._stopped is not None:
+                raise RuntimeError(self._stopped) from self._cause
+            self._inbox.put(message)
 
     # Everything below runs in the engine's thread.
 
@@ -144,6 +164,9 @@ class VllmEngine:
             for request in self._arrivals(block=not waiting):
                 if request is None:
                     return
+                if isinstance(request, _Load):
+                    self._load(engine, request, under_way=len(waiting))
+                    continue
                 key = str(next(numbers))
                 if self._add(engine, key, request):
                     waiting[key] = request
@@ -155,7 +178,21 @@ class VllmEngine:
                 if output.finished and (request := waiting.pop(output.request_id, None)):
                     _settle(request.answer, _completion(output))
 
-    def _arrivals(self, block: bool) -> Iterator[_Request | None]:
+    def _load(self, engine: Any, load: _Load, under_way: int) -> None:
+        """Put other weights into the engine, and forget what it has cached of the old ones."""
+        if under_way:
+            load.answer.set_exception(RuntimeError(f"{under_way} requests are under way; load when they are done."))
+            return
+        try:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": str(load.path)})
+            if not engine.reset_prefix_cache():
+                raise RuntimeError("vLLM did not empty its prefix cache")
+        except BaseException as error:  # half old, half new: such an engine must not go on
+            load.answer.set_exception(error)
+            raise
+        load.answer.set_result(None)
+
+    def _arrivals(self, block: bool) -> Iterator[_Request | _Load | None]:
         with contextlib.suppress(queue.Empty):
             while True:
                 yield self._inbox.get(block)
@@ -181,14 +218,14 @@ class VllmEngine:
 
     def _fail(self, waiting: dict[str, _Request]) -> None:
         """Fail what is under way and what still waits; `_stopped` is set, so nothing more comes."""
-        requests = [*waiting.values(), *(request for request in self._arrivals(block=False) if request)]
-        for request in requests:
+        left = [*waiting.values(), *(message for message in self._arrivals(block=False) if message)]
+        for message in left:
             error = RuntimeError(self._stopped)
             error.__cause__ = self._cause
-            _settle(request.answer, error)
+            _settle(message.answer, error)
 
 
-def _settle(answer: "Future[Completion]", result: Completion | BaseException) -> None:
+def _settle(answer: "Future[Any]", result: Completion | BaseException) -> None:
     """Resolve an answer, unless its task has been cancelled meanwhile."""
     if not answer.set_running_or_notify_cancel():
         return
