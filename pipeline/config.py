@@ -278,8 +278,9 @@ class RftConfig(TrainingConfig):
     batch_size: int = Field(64, gt=0)
     warmup: float = Field(0.03, ge=0, lt=1)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
-    min_reward: float = Field(1.0, gt=0, le=1)
-    """Least reward of an explored trajectory that is learned from; equal ones of a task count once."""
+    min_reward: float | None = Field(1.0, gt=0, le=1)
+    """Least reward of an explored trajectory that is learned from; equal ones of a task count once. Empty: none is, and
+    the experts alone are learned from again, which is the control for what is mere further training."""
 
 
 class BonConfig(Section):

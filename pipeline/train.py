@@ -98,11 +98,13 @@ def _reject_and_tune(arm: Arm, env: str, seed: int, number: int, stage: runs.Sta
     return counts | rendered | facts
 
 
-def successes(explored: list[Trajectory], min_reward: float) -> tuple[list[Trajectory], dict[str, Any]]:
+def successes(explored: list[Trajectory], min_reward: float | None) -> tuple[list[Trajectory], dict[str, Any]]:
     """Explored trajectories with at least this reward, equal ones of a task once, and how many were left and why.
 
-    Two are equal if their replies are.
+    Two are equal if their replies are. Without a reward there are none.
     """
+    if min_reward is None:
+        return [], {"own_trajectories": 0}
     found: dict[tuple[str, ...], Trajectory] = {}
     low = 0
     for one in explored:

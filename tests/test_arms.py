@@ -189,3 +189,4 @@ def test_rft_learns_from_each_different_success_once():
     assert kept == good
     assert counts["own_trajectories"] == 2
     assert counts["dropped"] == {"reward below rft.min_reward": 1, "the same as another of the task": 1}
+    assert successes(good, None) == ([], {"own_trajectories": 0})
