@@ -9,10 +9,11 @@ Arms share every stage that their keys leave alone. With B the folder of an envi
     B/train/NAME                                 the policy of the last round
     B/evaluate/NAME/SPLIT                        its evaluation
 
-So a study of beta has one SFT policy and one set of pairs, and a study of model sizes one SFT policy a size.
+So a study of beta has one SFT policy and one set of pairs, and a study of model sizes one SFT policy a size. A policy
+that learns from other environments (`env.others`) explores each of them in a folder of its own, rollout/ENV.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,17 @@ class Arm:
         keys = self._keys(stage)
         return base / "arms" / ",".join(keys) / stage if keys else base / stage
 
+    def sources(self, env: str) -> list[str]:
+        """The environments that the policy of an environment learns from."""
+        return [one for one in self.config.env.names if one != env] if self.config.env.others else [env]
+
+    def explored(self, env: str, seed: int, number: int = 1) -> dict[str, Path]:
+        """Where it explores in a round, in the order of `sources`, by the name that a manifest gives to the input."""
+        folder = self.folder(env, seed, "rollout", number)
+        if self.config.env.others:
+            return {f"rollout in {one}": folder / one for one in self.sources(env)}
+        return {"rollout": folder}
+
     def policy(self, env: str, seed: int, number: int | None = None) -> Path:
         """The stage that makes the policy of a round, the last one if none is named; 0 is policy 0."""
         number = self.rounds if number is None else number
@@ -76,12 +88,12 @@ class Arm:
 
     def open_rounds(self, env: str, seed: int) -> list[int]:
         """The rounds that have been explored, or are next to be."""
-        later = range(2, self.rounds + 1)
-        return [1, *(number for number in later if self.is_done(env, seed, "rollout", number))]
+        later = [number for number in range(2, self.rounds + 1) if _finished(self.explored(env, seed, number).values())]
+        return [1, *later]
 
-    def is_done(self, env: str, seed: int, stage: str, number: int = 1) -> bool:
-        """Whether a stage of a round has finished, with these settings or others."""
-        return (self.folder(env, seed, stage, number) / runs.MANIFEST).is_file()
+    def is_trained(self, env: str, seed: int, number: int) -> bool:
+        """Whether the policy of a round is there, with these settings or others."""
+        return _finished([self.folder(env, seed, "train", number)])
 
     def is_explorer_of(self, folder: Path, env: str, seed: int) -> bool:
         """Whether it is policy 0 itself, and plays when evaluated as it does when exploring into this folder."""
@@ -110,6 +122,11 @@ def trained(config: Config) -> list[Arm]:
 def preferring(config: Config) -> list[Arm]:
     """Those of the trained arms that learn from pairs."""
     return [arm for arm in trained(config) if arm.method.discount is not None]
+
+
+def sharing(config: Config, env: str, seed: int, stage: str) -> list[Arm]:
+    """For every folder of the stage `experts` or `sft` one of the arms that share it."""
+    return list({arm.folder(env, seed, stage): arm for arm in [*of(config), *trained(config)]}.values())
 
 
 def pairings(config: Config, env: str, seed: int, stage: str) -> list[tuple[Arm, int]]:
@@ -144,6 +161,10 @@ def _arm(config: Config, name: str, keys: Mapping[str, Any]) -> Arm:
 
 def _told(keys: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in keys.items())
+
+
+def _finished(folders: Iterable[Path]) -> bool:
+    return all((folder / runs.MANIFEST).is_file() for folder in folders)
 
 
 def _matters(key: str, stage: str) -> bool:

@@ -57,6 +57,9 @@ class EnvConfig(Section):
     dev_tasks: int = Field(0, ge=0)
     """Training tasks, spread over their kinds, that are set aside as the split `dev`: nothing is learned from them, and
     what is to be chosen (`choose` of an arm) is chosen by them, never by seen or unseen."""
+    others: bool = False
+    """Whether a policy learns from the run's other environments, and not from the one that it is evaluated on; for arms
+    alone, which begin with an SFT policy of their own."""
     example: bool = True
     """Whether prompts of rollouts and evaluations carry one worked example, as the paper's do. Training never does."""
     alfworld: AlfWorldSettings = AlfWorldSettings()
@@ -352,6 +355,12 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
+    def _some_others(self) -> "Config":
+        if self.env.others and len(self.env.names) < 2:
+            raise ValueError("env.others: the run plays one environment, so there is no other; name more with env=")
+        return self
+
+    @model_validator(mode="after")
     def _one_source(self) -> "Config":
         if self.experts.source is not None and len(self.env.names) > 1:
             raise ValueError("experts.source holds the data of one environment; name one with env=")
@@ -364,6 +373,9 @@ class Config(Section):
                 raise ValueError(f"arms.{name}: the run has a policy of this name already")
             if shared := sorted(key for key in keys if key.partition(".")[0] in SHARED or key in ("env", "env.names")):
                 raise ValueError(f"arms.{name}: {shared[0]} is the whole run's and cannot differ for one policy")
+            of_data = [key for key in keys if key.partition(".")[0] in ("env", "experts") and key != "env.others"]
+            if keys.get("env.others") and of_data:
+                raise ValueError(f"arms.{name}: with env.others the data are the run's own; leave {of_data[0]} out")
             own, choices = choices_of(keys)
             if choices and not self.env.dev_tasks:
                 raise ValueError(f"arms.{name}: choose needs a dev split; set env.dev_tasks")
@@ -512,6 +524,8 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain(error, str(path) + (" with " + " ".join(overrides) if overrides else ""))) from None
+    if config.env.others:
+        raise ValueError(f"{path}: env.others is for arms, as in {{method: sft, env.others: true}}.")
     for override in overrides:
         if reason := _inert(override.partition("=")[0], config):
             raise ValueError(f"{override!r} has no effect: {reason}.")

@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import envs
-from pipeline import jobs, react, runs
+from pipeline import arms, jobs, react, runs
+from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.play import Episode, ExpertPlayer, play_episodes
 from pipeline.records import (
@@ -34,32 +35,49 @@ REPLAYS = "replays.jsonl"
 
 
 def main(config: Config) -> None:
-    """Write the expert trajectories of each environment and seed."""
+    """Write the expert trajectories of each environment and seed; several where arms differ in the environment."""
+    places = [(name, seed) for name in config.env.names for seed in config.seed]
+    for others in (False, True):  # those of other environments are put together when these have theirs
+        for name, seed in places:
+            for arm in arms.sharing(config, name, seed, "experts"):
+                if arm.config.env.others == others:
+                    (_gather if others else _stage)(arm, name, seed)
+
+
+def _stage(arm: Arm, name: str, seed: int) -> None:
+    config, env = arm.config, envs.load(name)
     source = config.experts.source
-    for name in config.env.names:
-        env = envs.load(name)
-        if source and not source.is_file():
-            raise ValueError(f"experts.source: {source} is no file.")
-        section = jobs.section(config, env)
-        settings = runs.settings_of(
-            config.experts, env=jobs.env_settings(config, env, "train"), dev_tasks=config.env.dev_tasks
-        )
-        for seed in config.seed:
-            folder = runs.seed_folder(config, name, seed) / "experts"
-            inputs = {"experts.source": source} if source else {}
-            with runs.stage(folder, settings=settings, inputs=inputs, keep=(REPLAYS,)) as stage:
-                if stage.done:
-                    continue
-                if source:
-                    published, translated = read_official(env, section, source, thoughts=config.experts.thoughts)
-                    trajectories, facts = asyncio.run(keep_training_tasks(config, env, published))
-                    facts["translated_actions"] = translated
-                else:
-                    trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
-                if not trajectories:
-                    raise ValueError(f"{name}: no expert trajectory reaches the full reward: {facts}.")
-                write_jsonl(folder / jobs.EPISODES, trajectories)
-                stage.facts.update(facts | jobs.summary(trajectories) | {"notes": env.notes(section)})
+    if source and not source.is_file():
+        raise ValueError(f"experts.source: {source} is no file.")
+    section = jobs.section(config, env)
+    settings = runs.settings_of(
+        config.experts, env=jobs.env_settings(config, env, "train"), dev_tasks=config.env.dev_tasks
+    )
+    folder = arm.folder(name, seed, "experts")
+    inputs = {"experts.source": source} if source else {}
+    with runs.stage(folder, settings=settings, inputs=inputs, keep=(REPLAYS,)) as stage:
+        if stage.done:
+            return
+        if source:
+            published, translated = read_official(env, section, source, thoughts=config.experts.thoughts)
+            trajectories, facts = asyncio.run(keep_training_tasks(config, env, published))
+            facts["translated_actions"] = translated
+        else:
+            trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
+        if not trajectories:
+            raise ValueError(f"{name}: no expert trajectory reaches the full reward: {facts}.")
+        write_jsonl(folder / jobs.EPISODES, trajectories)
+        stage.facts.update(facts | jobs.summary(trajectories) | {"notes": env.notes(section)})
+
+
+def _gather(arm: Arm, name: str, seed: int) -> None:
+    """The experts of the run's other environments, one after the other."""
+    inputs = {f"experts of {one}": runs.seed_folder(arm.config, one, seed) / "experts" for one in arm.sources(name)}
+    with runs.stage(arm.folder(name, seed, "experts"), settings={}, inputs=inputs) as stage:
+        if not stage.done:
+            trajectories = jobs.trajectories(inputs.values())
+            write_jsonl(stage.folder / jobs.EPISODES, trajectories)
+            stage.facts.update(jobs.summary(trajectories))
 
 
 async def solve(

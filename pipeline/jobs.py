@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,11 @@ class Job:
     """Only tasks that this file of trajectories has, `limit` of them drawn by the seed."""
     from_steps: bool = False
     """Whether `samples` episodes begin after none, one, ... all but the last turn of each of those trajectories."""
+
+
+def trajectories(folders: Iterable[Path]) -> list[Trajectory]:
+    """The episodes of finished jobs, one job after the other."""
+    return [one for folder in folders for one in read_jsonl(folder / EPISODES, Trajectory)]
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -336,9 +341,14 @@ async def tasks_by_split(session: Session, dev_tasks: int) -> dict[str, list[str
     splits = {split: await session.call("tasks", split) for split in envs.SPLITS}
     check_disjoint(splits)
     kinds = {task: await session.call("kind", task) for task in splits["train"]} if dev_tasks else {}
-    dev = set_aside(splits["train"], dev_tasks, kinds.__getitem__) if dev_tasks else set()
+    return with_dev(splits, dev_tasks, kinds.__getitem__)
+
+
+def with_dev(splits: Mapping[str, Sequence[str]], dev_tasks: int, kind: Callable[[str], str]) -> dict[str, list[str]]:
+    """The splits of an environment, `dev_tasks` of its training tasks in a split of their own."""
+    dev = set_aside(splits["train"], dev_tasks, kind) if dev_tasks else set()
     parts = {split: [task for task in splits["train"] if (task in dev) == (split == "dev")] for split in LEARNT}
-    return splits | parts
+    return parts | {split: list(splits[split]) for split in splits if split not in LEARNT}
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> None:

@@ -23,13 +23,14 @@ def main(config: Config) -> None:
 
 
 def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
-    inputs = {"experts": arm.folder(env, seed, "experts"), "rollout": arm.folder(env, seed, "rollout", number)}
+    explorations = arm.explored(env, seed, number)
+    inputs = {"experts": arm.folder(env, seed, "experts")} | explorations
     settings = runs.settings_of(arm.config.pairs, *([arm.config.step] if arm.method == Method.STEP else []), seed=seed)
     with runs.stage(arm.folder(env, seed, "pairs", number), settings=settings, inputs=inputs) as stage:
         if stage.done:
             return
         experts = read_jsonl(inputs["experts"] / jobs.EPISODES, Trajectory)
-        explored = read_jsonl(inputs["rollout"] / jobs.EPISODES, Trajectory)
+        explored = jobs.trajectories(explorations.values())
         pairs, dropped = build(arm, experts, explored, seed)
         if not pairs:
             raise ValueError(

@@ -101,16 +101,23 @@ def _folders(config: Config, env: str, seed: int) -> dict[Path, str]:
     every, learning, preferring = arms.of(config), arms.trained(config), arms.preferring(config)
     who = {"experts": every, "sft": every, "rollout": learning, "pairs": preferring, "reference": preferring}
     found = [
-        (arm.folder(env, seed, stage, number), stage)
+        (folder, stage)
         for stage, those in (who | {"train": learning}).items()
         for arm in those
         for number in range(1, 2 if those is every else arm.rounds + 1)
+        for folder in _made_by(arm, env, seed, stage, number)
     ]
     evaluated = runs.seed_folder(config, env, seed) / "evaluate"
     chosen = [(evaluated.with_name("choose") / arm.name, "evaluate") for arm in every if arm.candidates]
     players = ["random", *(arm.name for arm in every), "expert"]
     played = [(evaluated / player / split, "evaluate") for player in players for split in config.evaluate.splits]
     return dict([*found, *chosen, *played])
+
+
+def _made_by(arm: Arm, env: str, seed: int, stage: str, number: int) -> Iterable[Path]:
+    if stage == "rollout":
+        return arm.explored(env, seed, number).values()
+    return [arm.folder(env, seed, stage, number)]
 
 
 def write(config: Config, stages: Sequence[Done]) -> Tables:

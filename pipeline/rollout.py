@@ -21,34 +21,34 @@ def main(config: Config) -> None:
 def _wanted(config: Config, env: str, seed: int) -> Iterator[jobs.Job]:
     """The jobs of an environment and seed; arms that share a folder each name its job."""
     every = arms.of(config)
-    for arm in (arm for arm in every if arm.method.is_trained):
-        exploration = _exploration(arm, env, seed, 1)
-        yield exploration
+    for arm in arms.trained(config):
+        yield from _explorations(arm, env, seed, 1)
         for one in every:
-            if one.is_explorer_of(exploration.folder, env, seed):
+            if one.is_explorer_of(arm.folder(env, seed, "rollout"), env, seed):
                 yield from jobs.evaluation(one, env, seed)
         for number in range(2, arm.rounds + 1):
-            if arm.is_done(env, seed, "train", number - 1):
-                yield _exploration(arm, env, seed, number)
+            if arm.is_trained(env, seed, number - 1):
+                yield from _explorations(arm, env, seed, number)
 
 
-def _exploration(arm: Arm, env: str, seed: int, number: int) -> jobs.Job:
+def _explorations(arm: Arm, env: str, seed: int, number: int) -> Iterator[jobs.Job]:
     """What the policy that a round begins with plays of the training tasks; for `step` from every step of an expert."""
     rollout, step = arm.config.rollout, arm.config.step
     by_step = arm.method == Method.STEP
-    return jobs.Job(
-        config=arm.config,
-        folder=arm.folder(env, seed, "rollout", number),
-        env=env,
-        seed=seed,
-        policy="sft" if number == 1 else arm.name,
-        checkpoint=arm.policy(env, seed, number - 1),
-        made_by=arm.made_by(number - 1),
-        split="train",
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        samples=step.samples if by_step else rollout.samples,
-        limit=step.tasks if by_step else rollout.tasks,
-        only=arm.folder(env, seed, "experts") / jobs.EPISODES,
-        from_steps=by_step,
-    )
+    for source, folder in zip(arm.sources(env), arm.explored(env, seed, number).values(), strict=True):
+        yield jobs.Job(
+            config=arm.config,
+            folder=folder,
+            env=source,
+            seed=seed,
+            policy="sft" if number == 1 else arm.name,
+            checkpoint=arm.policy(env, seed, number - 1),
+            made_by=arm.made_by(number - 1),
+            split="train",
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            samples=step.samples if by_step else rollout.samples,
+            limit=step.tasks if by_step else rollout.tasks,
+            only=arm.folder(env, seed, "experts") / jobs.EPISODES,
+            from_steps=by_step,
+        )

@@ -6,24 +6,31 @@ Without `model.path` the policy is new: its tokenizer is trained on the experts'
 from pathlib import Path
 from typing import Any
 
-from pipeline import jobs, runs
+from pipeline import arms, jobs, runs
+from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.records import Trajectory, read_jsonl
 
 
 def main(config: Config) -> None:
-    """Train and save policy 0 of each environment and seed."""
+    """Train and save policy 0 of each environment and seed; several where arms differ in what it is made of."""
     for env in config.env.names:
         for seed in config.seed:
-            folder = runs.seed_folder(config, env, seed)
-            base = Path(config.model.path) if config.model.path else None
-            weights = runs.folder_digest(base) if base and base.is_dir() else None
-            settings = runs.settings_of(config.model, config.sft, seed=seed, weights=weights)
-            inputs = {"experts": folder / "experts"}
-            with runs.stage(folder / "sft", settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS) as stage:
-                if not stage.done:
-                    experts = read_jsonl(folder / "experts" / jobs.EPISODES, Trajectory)
-                    stage.facts.update(_train(config, experts, stage, seed))
+            for arm in arms.sharing(config, env, seed, "sft"):
+                _stage(arm, env, seed)
+
+
+def _stage(arm: Arm, env: str, seed: int) -> None:
+    config = arm.config
+    base = Path(config.model.path) if config.model.path else None
+    weights = runs.folder_digest(base) if base and base.is_dir() else None
+    settings = runs.settings_of(config.model, config.sft, seed=seed, weights=weights)
+    inputs = {"experts": arm.folder(env, seed, "experts")}
+    folder = arm.folder(env, seed, "sft")
+    with runs.stage(folder, settings=settings, inputs=inputs, keep=runs.TRAINING_LOGS) as stage:
+        if not stage.done:
+            experts = read_jsonl(inputs["experts"] / jobs.EPISODES, Trajectory)
+            stage.facts.update(_train(config, experts, stage, seed))
 
 
 def _train(config: Config, experts: list[Trajectory], stage: runs.Stage, seed: int) -> dict[str, Any]:

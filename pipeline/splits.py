@@ -57,6 +57,8 @@ def task_lists(config: Config, name: str) -> dict[str, list[str]]:
     env.prepare(settings, config.workers.processes)
     with contextlib.closing(env(settings)) as opened:
         played = {split: opened.tasks(split) for split in envs.SPLITS}
+        if config.env.dev_tasks:
+            played = jobs.with_dev(played, config.env.dev_tasks, opened.kind)
         return played | {f"published {split}": tasks for split, tasks in opened.published().items()}
 
 

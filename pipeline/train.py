@@ -29,8 +29,10 @@ def main(config: Config) -> None:
 
 
 def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
-    names = ("experts", "rollout") if arm.method.discount is None else ("pairs", "reference")
-    inputs = {name: arm.folder(env, seed, name, number) for name in names}
+    if arm.method.discount is None:
+        inputs = {"experts": arm.folder(env, seed, "experts")} | arm.explored(env, seed, number)
+    else:
+        inputs = {name: arm.folder(env, seed, name, number) for name in ("pairs", "reference")}
     inputs[arm.made_by(number - 1)] = arm.policy(env, seed, number - 1)
     work = runs.stage(
         arm.folder(env, seed, "train", number), settings=_settings(arm, seed), inputs=inputs, keep=runs.TRAINING_LOGS
@@ -88,7 +90,7 @@ def _reject_and_tune(arm: Arm, env: str, seed: int, number: int, stage: runs.Sta
 
     config = arm.config
     experts = read_jsonl(arm.folder(env, seed, "experts") / jobs.EPISODES, Trajectory)
-    explored = read_jsonl(arm.folder(env, seed, "rollout", number) / jobs.EPISODES, Trajectory)
+    explored = jobs.trajectories(arm.explored(env, seed, number).values())
     good, counts = successes(explored, config.rft.min_reward)
     model, tokenizer = models.load_policy(arm.policy(env, seed, number - 1) / "policy", config.model, seed)
     examples, rendered = sft_examples(Renderer(tokenizer), [*experts, *good], config.model.max_length)

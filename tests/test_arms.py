@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline import arms, choose, jobs, runs
 from pipeline.config import Config, choices_of, load
@@ -190,3 +191,45 @@ def test_rft_learns_from_each_different_success_once():
     assert counts["own_trajectories"] == 2
     assert counts["dropped"] == {"reward below rft.min_reward": 1, "the same as another of the task": 1}
     assert successes(good, None) == ([], {"own_trajectories": 0})
+
+
+def test_a_policy_that_learns_from_the_other_environments():
+    keys = {"method": "dmpo", "env.others": True}
+    other = arm("other", env={"names": ["sciworld", "webshop", "alfworld"]}, arms={"other": keys})
+    assert other.sources("webshop") == ["sciworld", "alfworld"]
+    assert other.explored("sciworld", 0) == {
+        f"rollout in {env}": BASE / "arms/env.others=True/rollout" / env for env in ("webshop", "alfworld")
+    }
+    assert arms.baseline(other, arms.of(other.config)).name == "sft"
+
+
+def test_each_stage_that_arms_share_is_made_once():
+    tree = {"model": {"hidden": 64}, "arms": {
+        "small": {"method": "sft", "model.hidden": 32},
+        "small-dpo": {"method": "dpo", "model.hidden": 32},
+        "beta": {"method": "dpo", "train.beta": 1.0},
+    }}  # fmt: skip
+    made = arms.sharing(recipe(**tree), "sciworld", 0, "sft")
+    assert {one.folder("sciworld", 0, "sft"): one.config.model.hidden for one in made} == {
+        BASE / "sft": 64,
+        BASE / "arms/model.hidden=32/sft": 32,
+    }
+    assert len(arms.sharing(recipe(**tree), "sciworld", 0, "experts")) == 1
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"arms": {"a": {"method": "sft", "env.others": True}}}, "the run plays one environment"),
+        (
+            {
+                "env": {"names": ["sciworld", "webshop"]},
+                "arms": {"a": {"method": "sft", "env.others": True, "env.sciworld.heap_mb": 300}},
+            },
+            "leave env.sciworld.heap_mb out",
+        ),
+    ],
+)
+def test_other_environments_that_cannot_be(tree, message):
+    with pytest.raises(ValidationError, match=message):
+        recipe(**tree)

@@ -216,6 +216,39 @@ def test_every_method_goes_the_same_way(finished, tmp_path):
     assert chosen["dev_reward"][chosen["chosen"]] == max(chosen["dev_reward"].values())
 
 
+OWN = """arms={
+    narrow: {method: sft, model.hidden: 32},
+    abroad: {method: sft, env.others: true},
+    abroad-dmpo: {method: dmpo, env.others: true, train.epochs: 1},
+}"""
+
+
+def test_arms_with_an_sft_policy_of_their_own(finished, tmp_path):
+    """A smaller one, and one that learns from the run's other environment; what other runs did is not done again."""
+    folder = tmp_path / "own"
+    shutil.copytree(finished[0], folder)
+    keys = ("env=sciworld,webshop", "run=own", "reuse=smoke", "method=sft", "sft.epochs=10", OWN)
+    for stage in STAGES:
+        run(folder, stage, *keys)
+    players = ("random", "sft", "narrow", "abroad", "abroad-dmpo", "expert")
+    assert {(row["env"], row["method"]) for row in rewards(folder, "own")} == {
+        (env, name) for env in ("sciworld", "webshop") for name in players
+    }
+    base = folder / "runs/own/sciworld/seed0"
+    assert (base / "experts/manifest.json").samefile(seed_folder(folder) / "experts/manifest.json")
+    narrow = json.loads((base / "arms/model.hidden=32/sft/policy/config.json").read_text())
+    assert narrow["hidden_size"] == 32
+    abroad = base / "arms/env.others=True"
+    goals = read_jsonl(abroad / "experts/episodes.jsonl", Trajectory)
+    at_home = folder / "runs/own/webshop/seed0/experts/episodes.jsonl"
+    assert [one.id for one in goals] == [one.id for one in read_jsonl(at_home, Trajectory)]
+    explored = read_jsonl(abroad / "rollout/webshop/episodes.jsonl", Trajectory)
+    assert {one.env for one in explored} == {"webshop"}
+    assert {pair.id for pair in read_jsonl(abroad / "pairs/pairs.jsonl", Pair)} <= {one.id for one in goals}
+    played = read_jsonl(base / "evaluate/abroad-dmpo/seen/episodes.jsonl", Trajectory)
+    assert {one.env for one in played} == {"sciworld"}
+
+
 def progress(folder, stage):
     """How far a stage has come, by what it writes for its restart."""
     base = seed_folder(folder)

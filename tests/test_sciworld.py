@@ -1,4 +1,5 @@
 import asyncio
+import json
 import os
 import pickle
 import random
@@ -25,6 +26,8 @@ from envs.sciworld import (
 )
 from envs.sciworld.expert import RULES, plans, think
 from envs.sciworld.simulator import DOORS, Jvm, _room_walks
+from envs.sciworld.splits import published
+from pipeline.splits import overlaps
 from tests.env_checker import check_class, check_env
 from tests.test_pool import descendants, killed_parent, wait_gone
 
@@ -224,6 +227,40 @@ class TestSimulator:
                 ["sciworld:find-plant:150"],
                 ["sciworld:find-plant:225"],
             ]
+
+    def test_published_lists_are_played_without_their_leaks(self, tmp_path):
+        lists = {
+            "train": [["task-3-find-plant", 1], ["task-3-find-plant", 160], ["task-3-find-plant", 1]],
+            "dev": [["task-3-find-plant", 160], ["task-10-measure-melting-point-(known-substance)", 300]],
+            "test": [["task-3-find-plant", 230], ["task-1-boil", 25]],
+        }
+        for name, pairs in lists.items():
+            (tmp_path / f"{name}_indices.json").write_text(json.dumps(pairs))
+        with ScienceWorld(Settings(splits=tmp_path)) as official:
+            assert {split: official.tasks(split) for split in SPLITS} == {
+                "train": ["sciworld:find-plant:1"],
+                "seen": ["sciworld:find-plant:160", "sciworld:measure-melting-point-known-substance:300"],
+                "unseen": ["sciworld:boil:25", "sciworld:find-plant:230"],
+            }
+            assert [len(tasks) for tasks in official.published().values()] == [3, 2, 2]
+            assert overlaps(official.published())["train", "seen"] == 1
+        key = ScienceWorld.relevant(Settings(splits=tmp_path), "seen")["splits"]
+        (tmp_path / "dev_indices.json").write_text("[]")
+        assert ScienceWorld.relevant(Settings(splits=tmp_path), "seen")["splits"] != key
+        assert "splits" not in ScienceWorld.relevant(Settings(), "seen")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{}", "test_indices.json is no list of tasks and variations"),
+            ('[["task-9-mendelian-genetics", 3]]', "'mendelian-genetics' is no ScienceWorld task in use"),
+        ],
+    )
+    def test_broken_lists_are_named(self, tmp_path, text, message):
+        for name in ("train", "dev", "test"):
+            (tmp_path / f"{name}_indices.json").write_text(text if name == "test" else "[]")
+        with pytest.raises(ValueError, match=message):
+            published(tmp_path, TASKS)
 
     def test_example_is_real_and_in_no_split(self, env):
         task = "sciworld:find-living-thing:140"

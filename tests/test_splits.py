@@ -39,6 +39,14 @@ def test_our_own_splits_share_nothing():
     assert set(overlaps(found).values()) == {0}
 
 
+def test_the_tasks_that_are_set_aside_are_a_split():
+    whole = task_lists(load("tiny", SHOP), "webshop")
+    found = task_lists(load("tiny", [*SHOP, "env.dev_tasks=1"]), "webshop")
+    assert list(found) == ["train", "dev", "seen", "unseen"]
+    assert sorted(found["train"] + found["dev"]) == sorted(whole["train"])
+    assert len(found["dev"]) == 1
+
+
 def test_published_lists_stand_beside_those_that_are_played(lists, capsys):
     found = task_lists(load("tiny", [*SHOP, lists]), "webshop")
     shared = overlaps(found)

@@ -6,6 +6,7 @@ leaves to chance; `expert` makes its solutions ones that an agent can follow; he
 
 import importlib.metadata
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -13,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv, comma_list
 from envs.sciworld.expert import plans, think
 from envs.sciworld.simulator import SIMPLIFICATIONS, Jvm, Server, jar_hash
+from envs.sciworld.splits import digest, leak_free, published
 
 STEP_LIMITS = {
     "boil": 100,
@@ -144,6 +146,9 @@ class Settings(BaseModel):
     """Most variations of a task in the train split."""
     eval_variations: int = Field(default=10, ge=1)
     """Most variations of a task in the seen split, and in the unseen split."""
+    splits: Path | None = None
+    """Folder with train_indices.json, dev_indices.json and test_indices.json as published with ETO: their tasks are
+    played, seen from dev and unseen from test, and train loses what is tested. Empty: the simulator's own splits."""
     simplification: str = "easy"
     """The simulator's simplifications, comma-separated; `easy` stands for teleporting, open doors, self-watering flower
     pots and, in tasks without electricity, no electrical actions."""
@@ -168,6 +173,10 @@ class Settings(BaseModel):
             known = f"easy, or a list of {', '.join(SIMPLIFICATIONS)}"
             raise ValueError(f"unknown ScienceWorld simplification {unknown[0]!r}; known: {known}")
         return simplification
+
+
+def _of_kind(lists: dict[str, list[str]], task: str) -> dict[str, list[str]]:
+    return {name: [one for one in tasks if one.split(":")[1] == task] for name, tasks in lists.items()}
 
 
 _Settings = Settings  # by this name where a class has an attribute `Settings`
@@ -253,17 +262,32 @@ class ScienceWorld(TextEnv):
         return observation, self._reward - before, terminated, truncated, self._info(valid=valid)
 
     def tasks(self, split: str) -> list[str]:
-        """Content ids of a split's tasks, kind by kind: the first of the simulator's train, dev or test variations."""
+        """Content ids of a split's tasks, kind by kind: the first of the simulator's train, dev or test variations.
+
+        Of the published lists, where the settings name them.
+
+        Raises:
+            ValueError: no such split, or the published lists are not what they should be.
+        """
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
         if not self._splits:
             self._splits = {name: [] for name in SPLITS}
+            lists = leak_free(self.published()) if self._settings.splits else None
             for task in self._settings.tasks:
-                for name, numbers in self._server.variations(task).items():
+                for name, found in (_of_kind(lists, task) if lists else self._variations(task)).items():
                     most = self._settings.train_variations if name == "train" else self._settings.eval_variations
-                    found = [f"{self.name}:{task}:{number}" for number in numbers]
                     self._splits[name] += [one for one in found if one != EXAMPLE_TASK][:most]
         return list(self._splits[split])
+
+    def published(self) -> dict[str, list[str]]:
+        """ETO's lists as the files of `Settings.splits` have them."""
+        return published(self._settings.splits, TASKS) if self._settings.splits else {}
+
+    def _variations(self, task: str) -> dict[str, list[str]]:
+        """The simulator's own splits of a task."""
+        splits = self._server.variations(task).items()
+        return {name: [f"{self.name}:{task}:{number}" for number in numbers] for name, numbers in splits}
 
     def valid_actions(self) -> list[str]:
         """Every action that the simulator lists as valid now and lets one do, sorted, without `reset task`.
@@ -338,7 +362,9 @@ class ScienceWorld(TextEnv):
     def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
         """All but the memory, and how many variations the other splits have."""
         other = "eval_variations" if split == "train" else "train_variations"
-        found: dict[str, Any] = settings.model_dump(mode="json", exclude={"heap_mb", other})
+        found: dict[str, Any] = settings.model_dump(mode="json", exclude={"heap_mb", "splits", other})
+        if settings.splits:
+            found["splits"] = digest(published(settings.splits, TASKS))
         return found
 
     @classmethod
