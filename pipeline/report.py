@@ -2,6 +2,7 @@
 
 rewards.csv           one row an environment, method, split and seed (`pipeline.statistics.rewards_table`)
 rewards_by_kind.csv   the same for each kind of task
+differences.csv       one row an environment, split and method: against the SFT policy on the same tasks
 figures/*.svg, *.pdf  rewards with their intervals, training curves, log-probs by turn
 report.html           all of it and a trajectory viewer; one file that asks the network for nothing
 report/tables.json    means and intervals as printed; printed again, at once, when nothing has changed
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SOURCES = ("statistics.py", "figures.py", "viewer.py", "report.py", "report.html.jinja", "report.css", "report.js")
-OUTPUTS = ("rewards.csv", "rewards_by_kind.csv", "report.html")
+OUTPUTS = ("rewards.csv", "rewards_by_kind.csv", "differences.csv", "report.html")
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -135,12 +136,14 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
     by_seed = write_rewards(config, evaluated)
+    differences = statistics.paired_all(evaluated, _compared(every))
+    _write_csv(config.folder / "differences.csv", differences)
     tables = {
         "rewards": [
             row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(evaluated))
         ],
         "kinds": _rows(statistics.summary(evaluated, by_kind=True)),
-        "paired": _rows(statistics.paired_all(evaluated, _compared(every))),
+        "paired": _rows(differences),
         "statuses": _rows(statistics.statuses(evaluated)),
     }
     drawn: dict[str, str] = {}

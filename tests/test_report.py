@@ -134,6 +134,17 @@ def test_an_unfinished_stage_is_named(small: Config, folder: str, stage: str):
     assert not (small.folder / "rewards.csv").exists()
 
 
+def test_differences_as_csv(run: Config):
+    rows = rows_of(run.folder / "differences.csv")
+    table = json.loads((run.folder / "report" / "tables.json").read_text("utf-8"))["paired"]
+    assert [(row["method"], row["split"], row["verdict"]) for row in rows] == [
+        (row["method"], row["split"], row["verdict"]) for row in table
+    ]
+    assert all(
+        float(row["difference"]) == pytest.approx(told["difference"], abs=1e-6) for row, told in zip(rows, table)
+    )
+
+
 def test_a_page_without_training_logs(small: Config):
     for path in (small.folder / "sciworld" / "seed0").rglob("log.jsonl"):
         manifest = path.with_name("manifest.json")

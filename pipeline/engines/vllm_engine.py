@@ -358,6 +358,10 @@ def _engine_arguments(path: Path, max_length: int, settings: EngineSettings, on_
         "dtype": "float32" if settings.dtype == "auto" else settings.dtype,
         "kv_cache_memory_bytes": int((settings.kv_cache_gib or 2.0) * GIB),
         "enforce_eager": settings.eager is not False,
+        # The cache serves whole blocks, and what is left of a conversation is computed again each turn: of vLLM's 128
+        # tokens half, on average. 32, the least that its kernels are made for, takes a fifth off the engine's time on
+        # recorded ScienceWorld episodes (15.6 s for 19.6), with the same ids.
+        "block_size": 32,
         # A seeded request whose prompt is prefilled in parts makes vLLM rewind its generator by an offset, which CPU
         # generators do not have (vllm 0.32.0, vllm/v1/worker/gpu_model_runner.py:3502, `gen.set_offset`). So no
         # chunks, and room for the longest prompt in one step.
