@@ -217,27 +217,27 @@ def test_every_method_goes_the_same_way(finished, tmp_path):
 
 
 OWN = """arms={
-    narrow: {method: sft, model.hidden: 32},
+    deep: {method: sft, model.layers: 3},
     abroad: {method: sft, env.others: true},
     abroad-dmpo: {method: dmpo, env.others: true, train.epochs: 1},
 }"""
 
 
 def test_arms_with_an_sft_policy_of_their_own(finished, tmp_path):
-    """A smaller one, and one that learns from the run's other environment; what other runs did is not done again."""
+    """A deeper one, and one that learns from the run's other environment; what other runs did is not done again."""
     folder = tmp_path / "own"
     shutil.copytree(finished[0], folder)
     keys = ("env=sciworld,webshop", "run=own", "reuse=smoke", "method=sft", "sft.epochs=10", OWN)
     for stage in STAGES:
         run(folder, stage, *keys)
-    players = ("random", "sft", "narrow", "abroad", "abroad-dmpo", "expert")
+    players = ("random", "sft", "deep", "abroad", "abroad-dmpo", "expert")
     assert {(row["env"], row["method"]) for row in rewards(folder, "own")} == {
         (env, name) for env in ("sciworld", "webshop") for name in players
     }
     base = folder / "runs/own/sciworld/seed0"
     assert (base / "experts/manifest.json").samefile(seed_folder(folder) / "experts/manifest.json")
-    narrow = json.loads((base / "arms/model.hidden=32/sft/policy/config.json").read_text())
-    assert narrow["hidden_size"] == 32
+    deep = json.loads((base / "arms/model.layers=3/sft/policy/config.json").read_text())
+    assert deep["num_hidden_layers"] == 3
     abroad = base / "arms/env.others=True"
     goals = read_jsonl(abroad / "experts/episodes.jsonl", Trajectory)
     at_home = folder / "runs/own/webshop/seed0/experts/episodes.jsonl"
