@@ -299,7 +299,7 @@ class TestVllm:
     async def test_prefixes_are_shared_within_an_episode_only(self, vllm):
         ids = prompt("cached", 300)
         assert (await vllm.generate(ids, GREEDY, "a")).cached_tokens == 0
-        assert (await vllm.generate(ids, GREEDY, "a")).cached_tokens == 256
+        assert (await vllm.generate(ids, GREEDY, "a")).cached_tokens == 288
         assert (await vllm.generate(ids, GREEDY, "b")).cached_tokens == 0
 
     async def test_a_long_request_stalls_no_short_one(self, vllm):
