@@ -126,6 +126,8 @@ class ExpertsConfig(Section):
     training tasks."""
     thoughts: bool = True
     """Whether the expert's replies say why (`Thought: ...`) before they act. Official data keeps what it has."""
+    tasks: int | None = Field(None, ge=1)
+    """Demonstrate only this many of the training tasks, spread evenly over their kinds. Empty: all."""
 
 
 class TrainingConfig(Section):
@@ -198,6 +200,9 @@ class RolloutConfig(Section):
     """Episodes for each training task."""
     tasks: int | None = Field(None, ge=1)
     """Explore only this many of the training tasks that have an expert, drawn by the run's seed. Empty: all."""
+    undemonstrated: bool = False
+    """Whether training tasks without an expert are explored as well (`experts.tasks` leaves some): they make pairs of
+    the policy's own samples, with pairs.contest=samples or all."""
 
     @model_validator(mode="after")
     def _sampling(self) -> "RolloutConfig":

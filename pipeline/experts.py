@@ -88,7 +88,15 @@ async def solve(
     Returns:
         The trajectories that reach the full reward, in the order of the tasks, and what the manifest says of the rest.
     """
-    job = jobs.Job(config=config, folder=replays.parent, env=env.name, seed=seed, policy="expert", split="train")
+    job = jobs.Job(
+        config=config,
+        folder=replays.parent,
+        env=env.name,
+        seed=seed,
+        policy="expert",
+        split="train",
+        limit=config.experts.tasks,
+    )
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env, config.env.dev_tasks)
         earlier, half_written = recover_jsonl(replays, Trajectory) if replays.is_file() else ([], 0)
@@ -138,11 +146,15 @@ async def keep_training_tasks(
             kept = [one for one in published if split_of.get(one.id) == "train"]
             for one in kept:
                 one.kind = await session.call("kind", one.id)
+        kind_of = {one.id: one.kind for one in kept}
+        wanted = set(jobs.spread([*kind_of], config.experts.tasks, kind_of.__getitem__))
+        kept, beyond = [one for one in kept if one.id in wanted], len(kind_of) - len(wanted)
         differences = await replayed(pool, kept, published=True)
     others = [one.id for one in published if split_of.get(one.id) != "train"]
     reasons = Counter(f"in the {split_of[one]} split" if one in split_of else "in no split" for one in others)
+    reasons["beyond experts.tasks"] = beyond
     return kept, {
-        "dropped": dict(reasons),
+        "dropped": dict(+reasons),
         "dropped_ids": others,
         "replays_that_differ": [one.id for one, difference in zip(kept, differences, strict=True) if difference],
     }

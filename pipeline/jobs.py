@@ -66,9 +66,9 @@ class Job:
     samples: int = 1
     """Episodes for each task."""
     limit: int | None = None
-    """Only this many tasks, spread evenly over the kinds."""
+    """Only this many tasks: spread evenly over the kinds, or drawn by the seed where a policy plays training tasks."""
     only: Path | None = None
-    """Only tasks that this file of trajectories has, `limit` of them drawn by the seed."""
+    """Only tasks that this file of trajectories has."""
     from_steps: bool = False
     """Whether `samples` episodes begin after none, one, ... all but the last turn of each of those trajectories."""
 
@@ -324,12 +324,9 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv], dev_tas
     if job.only:
         wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)}
         tasks = [task for task in tasks if task in wanted]
-        if job.limit is not None:
-            drawn = set(random.Random(job.seed).sample(tasks, min(job.limit, len(tasks))))
-            tasks = [task for task in tasks if task in drawn]
-    else:
-        tasks = spread(tasks, job.limit, kinds.__getitem__)
-    return {task: kinds[task] for task in tasks}
+    explores = job.split == "train" and job.policy not in BASELINES
+    limited = _drawn(tasks, job.limit, job.seed) if explores else spread(tasks, job.limit, kinds.__getitem__)
+    return {task: kinds[task] for task in limited}
 
 
 async def tasks_by_split(session: Session, dev_tasks: int) -> dict[str, list[str]]:
@@ -370,6 +367,14 @@ def set_aside(tasks: Sequence[str], number: int, kind: Callable[[str], str]) -> 
     """So many of the tasks, spread over their kinds; which ones depends on their ids alone, for every seed alike."""
     shuffled = sorted(tasks, key=lambda task: hashlib.sha256(task.encode()).digest())
     return set(spread(shuffled, number, kind))
+
+
+def _drawn(tasks: Sequence[str], limit: int | None, seed: int) -> list[str]:
+    """At most `limit` tasks, drawn by the seed, in the order given."""
+    if limit is None or limit >= len(tasks):
+        return list(tasks)
+    drawn = set(random.Random(seed).sample(tasks, limit))
+    return [task for task in tasks if task in drawn]
 
 
 def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) -> list[str]:

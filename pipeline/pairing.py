@@ -140,7 +140,7 @@ def facts(pairs: Sequence[Pair], dropped: Counter[str]) -> dict[str, Any]:
 
 def _unfit(sample: Trajectory, expert_of: dict[str, Trajectory], rules: PairsConfig) -> str:
     """Why an explored trajectory competes with nobody, if so."""
-    if rules.contest != "samples" and sample.id not in expert_of:
+    if rules.contest == "expert" and sample.id not in expert_of:
         return "no expert for the task"
     if sample.status.is_error and rules.errors == "drop":
         return f"ended in {sample.status}"

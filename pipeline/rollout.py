@@ -1,4 +1,4 @@
-"""Stage `rollout`: policy 0 explores the training tasks that have an expert, and is evaluated by the same engine.
+"""Stage `rollout`: policy 0 explores training tasks, and is evaluated by the same engine.
 
 Arms of several rounds explore once more with the policy of each round, as soon as that is trained: run the stages
 `rollout`, `pairs`, `reference` and `train` once a round, as run_all.sh does.
@@ -49,6 +49,6 @@ def _explorations(arm: Arm, env: str, seed: int, number: int) -> Iterator[jobs.J
             top_p=rollout.top_p,
             samples=step.samples if by_step else rollout.samples,
             limit=step.tasks if by_step else rollout.tasks,
-            only=arm.folder(env, seed, "experts") / jobs.EPISODES,
+            only=None if rollout.undemonstrated and not by_step else arm.folder(env, seed, "experts") / jobs.EPISODES,
             from_steps=by_step,
         )

@@ -141,6 +141,20 @@ async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):
     assert facts["replays_that_differ"] == []
 
 
+async def test_some_tasks_can_be_left_without_an_expert(tmp_path, monkeypatch):
+    config = Config(experts={"tasks": 2})
+    config.workers.processes = 1
+    monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
+    kept, facts = await solve(config, ToyEnv, 0, tmp_path / "replays.jsonl")
+    assert [one.id for one in kept] == ["toy:train:0", "toy:train:1"]
+    published, _ = read_official(
+        ToyEnv, Settings(), write(tmp_path / "data.json", [GOOD | {"id": str(number)} for number in range(1, 5)])
+    )
+    kept, facts = await keep_training_tasks(config, ToyEnv, published)
+    assert [one.id for one in kept] == ["toy:train:1", "toy:train:2"]
+    assert facts["dropped"] == {"beyond experts.tasks": 2}
+
+
 def _pool():
     from envs.pool import EnvPool
 

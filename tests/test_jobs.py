@@ -1,8 +1,16 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.jobs import check_disjoint, spread
+from envs.pool import EnvPool
+from pipeline import arms, rollout
+from pipeline.config import Config
+from pipeline.jobs import Job, check_disjoint, chosen_tasks, spread
+from pipeline.records import write_jsonl
+from tests.test_records import trajectory
+from tests.toy_env import Settings, ToyEnv
 
 
 def kind(task):
@@ -32,3 +40,36 @@ def test_splits_that_share_a_task_are_refused():
     check_disjoint({"train": ["a:0"], "seen": ["a:1"], "unseen": ["b:0"]})
     with pytest.raises(ValueError, match="a:0 is in both train and seen"):
         check_disjoint({"train": ["a:0"], "seen": ["a:0"], "unseen": []})
+
+
+@pytest.mark.parametrize(
+    ("undemonstrated", "explored"),
+    [(False, ["toy:train:1", "toy:train:4"]), (True, [f"toy:train:{number}" for number in range(6)])],
+)
+async def test_tasks_without_an_expert_are_explored_on_demand(tmp_path, monkeypatch, undemonstrated, explored):
+    monkeypatch.chdir(tmp_path)
+    config = Config(run="r", env={"names": ["sciworld"]}, rollout={"undemonstrated": undemonstrated})
+    experts = arms.of(config)[0].folder("sciworld", 0, "experts") / "episodes.jsonl"
+    experts.parent.mkdir(parents=True)
+    write_jsonl(experts, [trajectory(id=one) for one in ("toy:train:1", "toy:train:4")])
+    job = next(one for one in rollout._wanted(config, "sciworld", 0) if one.split == "train")
+    tasks = await played(job)
+    assert tasks == explored
+
+
+async def test_a_policy_explores_tasks_drawn_by_the_seed_and_others_play_them_in_turn():
+    drawn = {tuple(await played(job(seed=seed, policy="sft"))) for seed in range(5)}
+    assert len(drawn) > 1
+    assert all(len(tasks) == 3 for tasks in drawn)
+    assert {tuple(await played(job(seed=seed, policy="expert"))) for seed in range(5)} == {
+        ("toy:train:0", "toy:train:1", "toy:train:2")
+    }
+
+
+def job(**fields):
+    return Job(config=Config(), folder=Path(), env="toy", split="train", limit=3, **fields)
+
+
+async def played(job):
+    async with EnvPool(ToyEnv, Settings(variations=6), workers=1, slots=2) as pool:
+        return list(await chosen_tasks(job, pool, ToyEnv))

@@ -118,9 +118,10 @@ def test_the_best_is_paired_with_the_worst(contest, sides, others):
 
 
 def test_samples_compete_without_an_expert():
-    pairs, dropped = made(SAMPLES, PairsConfig(contest="samples"), experts=[])
-    assert (len(pairs), dropped) == (1, {"neither best nor worst": 4})
-    assert made(SAMPLES, PairsConfig(contest="all"), experts=[]) == ([], {"no expert for the task": 6})
+    for contest in ("samples", "all"):
+        pairs, dropped = made(SAMPLES, PairsConfig(contest=contest), experts=[])
+        assert (len(pairs), dropped) == (1, {"neither best nor worst": 4})
+    assert made(SAMPLES, PairsConfig(contest="expert"), experts=[]) == ([], {"no expert for the task": 6})
 
 
 def test_the_expert_is_the_worst_where_every_sample_is_better():

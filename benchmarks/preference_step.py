@@ -1,0 +1,340 @@
+"""Pairs per CPU second and peak memory of preference training: ours, TRL's, the official recipe's way, and the floor.
+
+    pip install trl==1.16.0
+    python -m benchmarks.preference_step [--lengths 500 1000 2000 4000] [--vocabularies 3000 32000 128000] [--json FILE]
+
+All sides train the same new Llama on the same pairs in the same batches, each in a process of its own, one after the
+other; DPO's loss, so that all compute the same. The first training of one step is a warm-up, the second is timed.
+
+    ours        `pipeline.training.run_preference`, as the stage `train` runs it
+    TRL         DPOTrainer with what makes it fastest here: reference log-probs precomputed, its fused output layer,
+                bf16, no gradient checkpointing, micro-batches of two pairs
+    official    as the DMPO and ETO scripts do: policy and reference forward in every step, chosen and rejected padded
+                to one length, log-softmax in float32 over the whole vocabulary at every position
+    floor       the matrix products and the attention of the step alone, forward and backward, on unpadded rows, the
+                output layer on the policy's tokens only; neither norms nor optimizer nor Python
+
+Speed is pairs per second of processor time, which other programs on the machine hardly move; with OMP_NUM_THREADS=1
+this is also the time on a machine of one's own. TRL trains on the environment's tokens too (its mask is prompt or
+completion), which makes its loss another number and its work the same: on a CPU its output layer meets every position.
+Peak memory is what a process held at most beyond what it held with its libraries loaded: weights, gradients, optimizer
+and activations.
+"""
+
+import argparse
+import json
+import math
+import random
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from envs.processes import fresh_processes
+from pipeline.config import PreferenceConfig
+from pipeline.methods import Discount
+from pipeline.rendering import Rendered
+from pipeline.training import reference_turn_logprobs, run_preference
+
+BATCH, MICRO, STEPS = 4, 2, 3
+PROMPT, TURN, POLICY = 0.15, 150, 32
+"""Share of a trajectory that is prompt, tokens of a turn with its observation, and the policy's among them: measured on
+ScienceWorld's experts, of whose tokens 21 % are the policy's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained."""
+
+    length: int
+    """Tokens of the longest trajectory."""
+    vocabulary: int
+    hidden: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One side of one case."""
+
+    side: str
+    pairs_per_cpu_second: float
+    peak_mib: float | None
+    loss: float | None
+    """Of the first step of the timed training: the same for all sides."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[500, 1000, 2000, 4000])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[3000, 32000, 128000])
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    print(f"{'tokens':>7}{'vocabulary':>11}  {'side':10}{'pairs/s':>9}{'ours is':>9}{'peak MiB':>10}{'ours is':>9}")
+    for vocabulary in options.vocabularies:
+        for length in options.lengths:
+            case = Case(length=length, vocabulary=vocabulary, hidden=options.hidden, layers=options.layers)
+            measured = [_apart(side, case) for side in options.sides]
+            show(case, measured)
+            rows += [asdict(case) | asdict(one) for one in measured]
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+
+
+def show(case: Case, measured: list[Measured]) -> None:
+    """One row a side; ratios are ours over theirs."""
+    ours = measured[0]
+    for one in measured:
+        speed = f"{ours.pairs_per_cpu_second / one.pairs_per_cpu_second:.2f} x"
+        memory, less = "", ""
+        if one.peak_mib is not None and ours.peak_mib is not None:
+            memory, less = f"{one.peak_mib:.0f}", f"{ours.peak_mib / one.peak_mib:.2f} x"
+        rate = f"{one.pairs_per_cpu_second:.3f}"
+        print(f"{case.length:7}{case.vocabulary:11}  {one.side:10}{rate:>9}{speed:>9}{memory:>10}{less:>9}", flush=True)
+
+
+def _apart(side: str, case: Case) -> Measured:
+    with fresh_processes(1) as process:
+        return process.submit(SIDES[side], case).result()
+
+
+def make_pairs(case: Case) -> list[tuple[Rendered, Rendered]]:
+    """Pairs that share their prompt; the longer side has `length` tokens, the other one from 0.4 of it."""
+    draw = random.Random(case.length)
+    prompt = int(PROMPT * case.length)
+
+    def side(length: int, ids: list[int]) -> Rendered:
+        turn_index = [-1] * prompt
+        for place in range(length - prompt):
+            turn, offset = divmod(place, TURN)
+            turn_index.append(turn if offset < POLICY else -1)
+        ids = ids + [draw.randrange(3, case.vocabulary) for _ in range(length - prompt)]
+        return Rendered(ids=ids, turn_index=turn_index)
+
+    pairs = []
+    for _ in range(STEPS * BATCH):
+        shared = [draw.randrange(3, case.vocabulary) for _ in range(prompt)]
+        lengths = [case.length, int(case.length * draw.uniform(0.4, 1.0))]
+        draw.shuffle(lengths)
+        pairs.append((side(lengths[0], shared), side(lengths[1], shared)))
+    return pairs
+
+
+def make_model(case: Case) -> LlamaForCausalLM:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=case.vocabulary,
+            hidden_size=case.hidden,
+            intermediate_size=3 * case.hidden,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.hidden // 64,
+            num_key_value_heads=case.hidden // 64,
+            max_position_embeddings=case.length + 8,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def ours(case: Case) -> Measured:
+    """`run_preference`, reference log-probs computed beforehand."""
+    pairs, model = make_pairs(case), make_model(case)
+    config = PreferenceConfig(
+        learning_rate=1e-6, batch_size=BATCH, micro_batch_size=MICRO, epochs=1, save_steps=1000, bf16=True
+    )
+    with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
+        reference = reference_turn_logprobs(model, pairs, config)
+        facts, seconds = {}, math.nan
+        for steps, name in ((1, "warm"), (STEPS, "timed")):
+            timed = config.model_copy(update={"max_steps": steps})
+            started = time.process_time()
+            facts = run_preference(model, pairs, reference, Discount.TRAJECTORY, timed, Path(folder, name), 0)
+            seconds = time.process_time() - started
+    return Measured(
+        side="ours",
+        pairs_per_cpu_second=STEPS * BATCH / seconds,
+        peak_mib=peak(),
+        loss=facts["first_loss"],
+    )
+
+
+def trl(case: Case) -> Measured:
+    """DPOTrainer on the same ids: its tokenizer has a word for each id."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(case.vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t2", pad_token="t0", unk_token="t0")
+    model, prompt = make_model(case), int(PROMPT * case.length)
+
+    def text(ids: list[int]) -> str:
+        return "".join(f" t{number}" for number in ids)
+
+    rows = [
+        {"prompt": text(chosen.ids[:prompt])}
+        | {name: text(side.ids[prompt:-1]) for name, side in (("chosen", chosen), ("rejected", rejected))}
+        for chosen, rejected in make_pairs(case)
+    ]
+    with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
+        seconds, loss = math.nan, math.nan
+        for steps in (1, STEPS):
+            arguments = DPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=MICRO,
+                gradient_accumulation_steps=BATCH // MICRO,
+                max_steps=steps,
+                learning_rate=1e-6,
+                beta=0.1,
+                max_length=None,
+                precompute_ref_log_probs=True,
+                gradient_checkpointing=False,
+                bf16=True,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+            )
+            data = Dataset.from_list(rows)
+            trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+            started = time.process_time()
+            trainer.train()
+            seconds = time.process_time() - started
+            loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    return Measured(side="TRL", pairs_per_cpu_second=STEPS * BATCH / seconds, peak_mib=peak(), loss=loss)
+
+
+def official(case: Case) -> Measured:
+    """The scripts' step in plain PyTorch, with their optimizer."""
+    pairs, policy, reference = make_pairs(case), make_model(case), make_model(case).eval().requires_grad_(False)
+
+    def logprobs(model: LlamaForCausalLM, ids: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False).logits[:, :-1].float()
+        each = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (each * (turn_index[:, 1:] >= 0)).sum(1)
+
+    def micro_loss(batch: list[tuple[Rendered, Rendered]]) -> torch.Tensor:
+        rows = [pair[side] for side in (0, 1) for pair in batch]
+        ids = torch.zeros(len(rows), case.length, dtype=torch.long)
+        turn_index = torch.full_like(ids, -1)
+        for row, rendered in enumerate(rows):
+            ids[row, : len(rendered.ids)] = torch.tensor(rendered.ids)
+            turn_index[row, : len(rendered.ids)] = torch.tensor(rendered.turn_index)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                before = logprobs(reference, ids, turn_index)
+            ratio = logprobs(policy, ids, turn_index) - before
+        chosen, rejected = ratio.chunk(2)
+        return -F.logsigmoid(0.1 * (chosen - rejected)).sum() / BATCH
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def train(steps: int) -> float:
+        first = math.nan
+        for step in range(steps):
+            total = 0.0
+            for start in range(step * BATCH, (step + 1) * BATCH, MICRO):
+                loss = micro_loss(pairs[start : start + MICRO])
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            first = total if step == 0 else first
+        return first
+
+    with peak_memory() as peak:
+        train(1)
+        started = time.process_time()
+        loss = train(STEPS)
+        seconds = time.process_time() - started
+    return Measured(side="official", pairs_per_cpu_second=STEPS * BATCH / seconds, peak_mib=peak(), loss=loss)
+
+
+def floor(case: Case) -> Measured:
+    """The kernels of the step alone, on as many tokens as the pairs have, row by row; the best of three."""
+    rows = [side for pair in make_pairs(case) for side in pair]
+    hidden, width, heads = case.hidden, 3 * case.hidden, case.hidden // 64
+    seconds = 0.0
+    for batch in (rows[start : start + 2 * MICRO] for start in range(0, len(rows), 2 * MICRO)):
+        tokens = sum(len(row.ids) for row in batch)
+        trained = sum(row.trained_tokens for row in batch)
+        seconds += case.layers * sum(
+            count * _product(tokens, *shape)
+            for count, shape in ((4, (hidden, hidden)), (2, (hidden, width)), (1, (width, hidden)))
+        )
+        seconds += case.layers * sum(_attention(len(row.ids), heads) for row in batch)
+        seconds += _product(trained, hidden, case.vocabulary)
+    return Measured(side="floor", pairs_per_cpu_second=len(rows) / 2 / seconds, peak_mib=None, loss=None)
+
+
+def _product(tokens: int, inputs: int, outputs: int) -> float:
+    """Seconds of a linear layer's three products."""
+    x, w = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((tokens, inputs), (outputs, inputs)))
+    grad = torch.randn(tokens, outputs, dtype=torch.bfloat16)
+    return _best(lambda: (x @ w.T, grad @ w, grad.T @ x))
+
+
+def _attention(length: int, heads: int) -> float:
+    """Seconds of one row's causal attention, forward and backward."""
+    q, k, v = (torch.randn(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    grad = torch.randn(1, heads, length, 64, dtype=torch.bfloat16)
+    return _best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad))
+
+
+def _best(work: Callable[[], Any]) -> float:
+    found = []
+    for _ in range(3):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """Most MiB that this process holds inside the block beyond what it held at its beginning, sampled each 5 ms."""
+    page = resource.getpagesize()
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before, most, over = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.005):
+            most = max(most, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: (most - before) / 2**20
+    finally:
+        over.set()
+        thread.join()
+
+
+SIDES: dict[str, Callable[[Case], Measured]] = {"ours": ours, "TRL": trl, "official": official, "floor": floor}
+
+if __name__ == "__main__":
+    main()
