@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class Measured:
 
     side: str
     pairs_per_cpu_second: float
+    """NaN where the side needs more than `--memory` GiB."""
     peak_mib: float | None
     loss: float | None
     """Of the first step of the timed training: the same for all sides."""
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--memory", type=float, default=12.0, metavar="GIB", help="most that a side may take")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
@@ -88,7 +91,7 @@ def main() -> None:
     for vocabulary in options.vocabularies:
         for length in options.lengths:
             case = Case(length=length, vocabulary=vocabulary, hidden=options.hidden, layers=options.layers)
-            measured = [_apart(side, case) for side in options.sides]
+            measured = [_apart(side, case, options.memory) for side in options.sides]
             show(case, measured)
             rows += [asdict(case) | asdict(one) for one in measured]
             if options.json:
@@ -99,6 +102,9 @@ def show(case: Case, measured: list[Measured]) -> None:
     """One row a side; ratios are ours over theirs."""
     ours = measured[0]
     for one in measured:
+        if math.isnan(one.pairs_per_cpu_second):
+            print(f"{case.length:7}{case.vocabulary:11}  {one.side:10}needs more memory than --memory", flush=True)
+            continue
         speed = f"{ours.pairs_per_cpu_second / one.pairs_per_cpu_second:.2f} x"
         memory, less = "", ""
         if one.peak_mib is not None and ours.peak_mib is not None:
@@ -107,9 +113,22 @@ def show(case: Case, measured: list[Measured]) -> None:
         print(f"{case.length:7}{case.vocabulary:11}  {one.side:10}{rate:>9}{speed:>9}{memory:>10}{less:>9}", flush=True)
 
 
-def _apart(side: str, case: Case) -> Measured:
+def _apart(side: str, case: Case, gib: float) -> Measured:
     with fresh_processes(1) as process:
-        return process.submit(SIDES[side], case).result()
+        try:
+            return process.submit(_limited, side, case, gib).result()
+        except (MemoryError, BrokenProcessPool):
+            return Measured(side=side, pairs_per_cpu_second=math.nan, peak_mib=None, loss=None)
+
+
+def _limited(side: str, case: Case, gib: float) -> Measured:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30),) * 2)
+    try:
+        return SIDES[side](case)
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise MemoryError from None
+        raise
 
 
 def make_pairs(case: Case) -> list[tuple[Rendered, Rendered]]:
