@@ -3,6 +3,7 @@ import email.utils
 import hashlib
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -528,3 +529,13 @@ class TestAssets:
         Path("assets.yaml").write_text(yaml.safe_dump(tree))
         with pytest.raises(ValueError, match=rf"assets.yaml: one.files.0.{next(iter(wrong))}: "):
             fetch.load()
+
+    def test_every_command_that_is_advised_exists(self):
+        files = [*ROOT.glob("*.md"), ROOT / "data/README.md", *ROOT.glob("envs/**/*.py"), *ROOT.glob("pipeline/*.py")]
+        advised = {
+            name
+            for file in files
+            for name in re.findall(r'pipeline fetch (?:"\s*")?([a-z][a-z-]+)', file.read_text("utf-8"))
+        }
+        assert {"sciworld-splits", "alfworld-games", "webshop-full"} <= advised
+        assert advised <= set(fetch.load())
