@@ -118,8 +118,9 @@ class Site:
                     self.connection.shutdown(socket.SHUT_RDWR)
 
             def write(self, body, request):
-                self.wfile.write(body)
-                self.wfile.flush()
-                site.sent[request] += len(body)
+                with contextlib.suppress(ConnectionError):  # who asked is gone
+                    self.wfile.write(body)
+                    self.wfile.flush()
+                    site.sent[request] += len(body)
 
         return Handler
