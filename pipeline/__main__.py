@@ -21,6 +21,7 @@ STAGES = {
 TOOLS = {
     "compare": "two runs, paired over the same tasks and seeds",
     "doctor": "what works on this machine, and what mends the rest",
+    "fetch": "official data from where they are published, checked; without a name, what there is",
     "inspect": "a trajectory or pair with its tokens coloured by turn",
     "replay": "recorded episodes through their environment again, comparing",
     "rounds": "how often a recipe explores, pairs and trains",

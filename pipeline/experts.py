@@ -48,7 +48,9 @@ def _stage(arm: Arm, name: str, seed: int) -> None:
     config, env = arm.config, envs.load(name)
     source = config.experts.source
     if source and not source.is_file():
-        raise ValueError(f"experts.source: {source} is no file.")
+        raise ValueError(
+            f"experts.source: {source} is no file; `python -m pipeline fetch {name}-experts` puts ETO's into data/."
+        )
     section = jobs.section(config, env)
     settings = runs.settings_of(
         config.experts, env=jobs.env_settings(config, env, "train"), dev_tasks=config.env.dev_tasks

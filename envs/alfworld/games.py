@@ -110,9 +110,9 @@ def official_root(data: str) -> Path:
 
 def _no_games(folder: Path) -> str:
     return (
-        f"No ALFWorld games in {folder}: it needs folders {', '.join(FOLDERS.values())}. `alfworld-download` "
-        "fetches the official games into ~/.cache/alfworld (or $ALFWORLD_DATA); with env.alfworld.data empty, games "
-        "are generated here."
+        f"No ALFWorld games in {folder}: it needs folders {', '.join(FOLDERS.values())}. `python -m pipeline fetch "
+        "alfworld-games` puts the official games into data/alfworld-games, `alfworld-download` into ~/.cache/alfworld "
+        "or $ALFWORLD_DATA; with env.alfworld.data empty, games are generated here."
     )
 
 

@@ -46,7 +46,7 @@ def _ids(file: Path, known: tuple[str, ...]) -> list[str]:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise ValueError(
             f"env.sciworld.splits: {file} is no list of tasks and variations ({why}); the folder has to hold "
-            f"{', '.join(OFFICIAL.values())} as published with ETO."
+            f"{', '.join(OFFICIAL.values())} as published with ETO (`python -m pipeline fetch sciworld-splits`)."
         ) from None
     names = [re.sub(r"[()]", "", re.sub(r"^task-\w+?-", "", name)) for name, _ in pairs]
     if wrong := [name for name in names if name not in known]:

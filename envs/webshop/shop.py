@@ -86,7 +86,8 @@ def _sources(settings: Settings) -> Sources:
         if not folder.is_dir():
             raise ValueError(
                 f"env.webshop.data: no folder {folder}. It has to hold the official items_shuffle*.json, "
-                "items_ins_v2*.json and items_human_ins.json; empty, it stands for a catalogue made here."
+                "items_ins_v2*.json and items_human_ins.json (`python -m pipeline fetch webshop-full` or -small); "
+                "empty, it stands for a catalogue made here."
             )
         return Sources.in_folder(folder)
     key = {"products": settings.products, "seed": settings.catalogue_seed, "generator": generator.version()}

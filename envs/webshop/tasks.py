@@ -110,7 +110,7 @@ def _numbers(file: Path, goals: int) -> list[int]:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
         raise ValueError(
             f"env.webshop.splits: {file} is no list of goals' numbers ({why}); the folder has to hold "
-            f"{' and '.join(OFFICIAL.values())} as published with ETO."
+            f"{' and '.join(OFFICIAL.values())} as published with ETO (`python -m pipeline fetch webshop-splits`)."
         ) from None
     if wrong := [number for number in numbers if not 0 <= number < goals]:
         raise ValueError(f"{file}: there is no goal {wrong[0]}; this catalogue has goals 0 to {goals - 1}.")
