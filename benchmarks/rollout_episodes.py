@@ -1,24 +1,30 @@
-"""Episodes a second with 16 episodes at once against one at a time, and tokens a second against the engine alone.
+"""Episodes a second with 64 episodes at once against the official way, and tokens a second against the engine alone.
 
 All on one engine and one policy, in one process tree: the SFT policy of a finished run plays seen tasks greedily,
 
-    one by one      one episode after the other
-    at once         16 episodes over two environment workers
-    engine alone    the requests of those episodes again, 16 conversations at once, and no environment
+    official way    one episode after the other, one request at a time, every prompt computed anew
+    one by one      the same, but a conversation's past is kept
+    at once         so many episodes over the environment's workers
+    engine alone    the requests of those episodes again, as many conversations at once, and no environment
 
-    python -m benchmarks.rollout_episodes runs/tiny/sciworld/seed0 [--tasks 32] [--json FILE]
+    python -m benchmarks.rollout_episodes runs/tiny/sciworld/seed0 [--at-once 64] [--tasks 128] [--json FILE]
+
+The official way and one by one play an eighth of the tasks. Tasks that the split lacks are played again.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
+import math
 import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -30,26 +36,30 @@ from envs.pool import EnvPool
 from pipeline import jobs
 from pipeline.config import Config
 from pipeline.engines import Completion, Engine, Sampling, load_engine
-from pipeline.play import Episode, PolicyPlayer, play_episodes
+from pipeline.play import Episode, Player, PolicyPlayer, play_episodes
 from pipeline.records import JsonlAppender
 from pipeline.rendering import Renderer
 
-AT_ONCE = 16
+_SAMPLES = itertools.count()
+"""An episode is a sample of its task that was never played: none finds another one's prefixes cached."""
 
 
 class Recorder:
-    """An engine that remembers what was asked of it."""
+    """An engine that remembers what was asked of it; with `anew` each request finds no prefix of its own cached."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, anew: bool = False) -> None:
         self.max_length = engine.max_length
         self.requests: dict[str, list[tuple[Sequence[int], Sampling]]] = defaultdict(list)
-        self.tokens = 0
-        self._engine = engine
+        self.tokens = self.prompt_tokens = self.cached = 0
+        self._engine, self._anew = engine, anew
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, episode: str = "") -> Completion:
         """See `Engine.generate`."""
         self.requests[episode].append((prompt_ids, sampling))
-        completion = await self._engine.generate(prompt_ids, sampling, episode)
+        cache = f"{episode} {len(self.requests[episode])}" if self._anew else episode
+        completion = await self._engine.generate(prompt_ids, sampling, cache)
+        self.prompt_tokens += len(prompt_ids)
+        self.cached += completion.cached_tokens
         self.tokens += len(completion.token_ids)
         return completion
 
@@ -57,86 +67,107 @@ class Recorder:
         """See `Engine.close`."""
 
 
-async def play(config: Config, engine: Engine, renderer: Renderer, tasks: list[str], sample: int, at_once: int) -> dict:
-    """Play tasks; `sample` keeps the prefix caches of two measurements apart."""
-    env = envs.load("sciworld")
-    recorder = Recorder(engine)
-    workers = min(2, at_once)
-    episodes = [Episode(task=task, kind="", split="seen", policy="sft", seed=0, sample=sample) for task in tasks]
-    async with EnvPool(env, config.env.sciworld, workers=workers, slots=at_once // workers) as pool:
+async def play(
+    config: Config, name: str, player: Callable[[Recorder], Player], recorder: Recorder, tasks: list[str], at_once: int
+) -> dict[str, Any]:
+    """Play tasks, so many at once."""
+    env = envs.load(name)
+    workers = min(config.workers.processes, at_once)
+    episodes = [
+        Episode(task=task, kind="", split="seen", policy="sft", seed=0, sample=next(_SAMPLES)) for task in tasks
+    ]
+    settings = jobs.section(config, env)
+    async with EnvPool(env, settings, workers=workers, slots=math.ceil(at_once / workers)) as pool:
         async with contextlib.AsyncExitStack() as stack:  # start the simulators before the clock
             for _ in range(at_once):
                 await stack.enter_async_context(pool.session())
         with tempfile.TemporaryDirectory() as folder, JsonlAppender(Path(folder) / "episodes.jsonl") as appender:
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             await play_episodes(
-                pool, episodes, lambda _: PolicyPlayer(recorder, renderer, config.play, 0.0, 1.0), config.play,
-                appender, example=False, label=f"{at_once} at once",
-            )  # fmt: skip
-            seconds = time.perf_counter() - started
-    return {"seconds": seconds, "tokens": recorder.tokens, "requests": recorder.requests}
+                pool, episodes, lambda _: player(recorder), config.play, appender, example=False, label=f"{at_once}"
+            )
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    return {
+        "episodes": len(tasks),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "tokens": recorder.tokens,
+        "cached": recorder.cached / recorder.prompt_tokens,
+    }
 
 
-async def alone(engine: Engine, requests: dict[str, list[tuple[Sequence[int], Sampling]]]) -> dict:
-    """The same requests, each conversation in its order, `AT_ONCE` conversations at once, without an environment."""
-    gate = asyncio.Semaphore(AT_ONCE)
-    tokens = 0
+async def alone(engine: Engine, asked: Mapping[str, Sequence[tuple[Sequence[int], Sampling]]], at_once: int) -> dict:
+    """The same requests, each conversation in its order, `at_once` conversations at once, without an environment."""
+    gate, recorder = asyncio.Semaphore(at_once), Recorder(engine)
 
-    async def converse(name: str, asked: list[tuple[Sequence[int], Sampling]]) -> None:
-        nonlocal tokens
+    async def converse(name: str, requests: Sequence[tuple[Sequence[int], Sampling]]) -> None:
         async with gate:
-            for prompt_ids, sampling in asked:
-                completion = await engine.generate(prompt_ids, sampling, f"alone/{name}")
-                tokens += len(completion.token_ids)
+            for prompt_ids, sampling in requests:
+                await recorder.generate(prompt_ids, sampling, f"alone/{name}")
 
-    started = time.perf_counter()
-    await asyncio.gather(*(converse(name, asked) for name, asked in requests.items()))
-    return {"seconds": time.perf_counter() - started, "tokens": tokens}
+    started, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(converse(name, requests) for name, requests in asked.items()))
+    return {
+        "episodes": len(asked),
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "tokens": recorder.tokens,
+        "cached": recorder.cached / recorder.prompt_tokens,
+    }
 
 
-async def measure(folder: Path, count: int) -> list[dict]:
-    """Rows of the table."""
+async def measure(folder: Path, count: int, at_once: int) -> dict[str, dict[str, Any]]:
+    """What each way took."""
     config = Config.model_validate(yaml.safe_load((folder.parents[1] / "config.yaml").read_text()))
-    policy = folder / "sft" / "policy"
+    name, policy = folder.parent.name, folder / "sft" / "policy"
     renderer = Renderer(AutoTokenizer.from_pretrained(policy))
     engine = load_engine(config.engine, policy, config.model.max_length, renderer.end_token_ids)
-    env = envs.load("sciworld")
+
+    def player(recorder: Recorder) -> Player:
+        return PolicyPlayer(recorder, renderer, config.play, 0.0, 1.0)
+
     with contextlib.closing(engine):
-        with env(config.env.sciworld) as one:
-            tasks = jobs.spread(one.tasks("seen"), count, env.kind)
-        await play(config, engine, renderer, tasks[:2], 9, 2)  # warm up
-        single = await play(config, engine, renderer, tasks, 1, 1)
-        many = await play(config, engine, renderer, tasks, 2, AT_ONCE)
-        bare = await alone(engine, many["requests"])
-    return [
-        {
-            "way": way,
-            "episodes": len(tasks),
-            "seconds": round(found["seconds"], 2),
-            "episodes_per_second": round(len(tasks) / found["seconds"], 3),
-            "tokens_per_second": round(found["tokens"] / found["seconds"], 1),
+        with envs.load(name)(jobs.section(config, envs.load(name))) as one:
+            found = jobs.spread(one.tasks("seen"), count, one.kind)
+            few = jobs.spread(found, max(2, count // 8), one.kind)
+        tasks = list(itertools.islice(itertools.cycle(found), count))
+        await play(config, name, player, Recorder(engine), few[:2], 2)  # warm up
+        many = Recorder(engine)
+        return {
+            "official way": await play(config, name, player, Recorder(engine, anew=True), few, 1),
+            "one by one": await play(config, name, player, Recorder(engine), few, 1),
+            f"{at_once} at once": await play(config, name, player, many, tasks, at_once),
+            "engine alone": await alone(engine, many.requests, at_once),
         }
-        for way, found in (("one by one", single), (f"{AT_ONCE} at once", many), ("engine alone", bare))
-    ]
 
 
 def main() -> None:
-    """Print the table and the two ratios."""
+    """Print the table and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a finished run's ENV/seedK folder")
-    parser.add_argument("--tasks", type=int, default=32)
+    parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--tasks", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = asyncio.run(measure(options.folder, options.tasks))
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    found = asyncio.run(measure(options.folder, options.tasks, options.at_once))
+    print(f"{'':14}{'episodes':>9}{'seconds':>9}{'episodes/s':>12}{'tokens/s':>10}{'per CPU s':>11}{'cached':>8}")
+    for way, one in found.items():
+        print(
+            f"{way:14}{one['episodes']:9}{one['seconds']:9.1f}{one['episodes'] / one['seconds']:12.3f}"
+            f"{one['tokens'] / one['seconds']:10.0f}{one['tokens'] / one['cpu_seconds']:11.0f}{one['cached']:8.0%}"
+        )
+    official, _, many, bare = found.values()
     ratios = {
-        "at_once_vs_one_by_one": round(rows[1]["episodes_per_second"] / rows[0]["episodes_per_second"], 2),
-        "tokens_vs_engine_alone": round(rows[1]["tokens_per_second"] / rows[2]["tokens_per_second"], 2),
+        "episodes_vs_official_way": _rate(many, "episodes") / _rate(official, "episodes"),
+        "tokens_vs_engine_alone": _rate(many, "tokens") / _rate(bare, "tokens"),
     }
-    print(ratios)
+    print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"ways": found, "ratios": ratios}, indent=1) + "\n")
+
+
+def _rate(found: Mapping[str, Any], what: str) -> float:
+    return float(found[what] / found["seconds"])
 
 
 if __name__ == "__main__":
