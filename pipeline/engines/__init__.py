@@ -5,6 +5,7 @@ business. Many episodes ask one engine at once; it batches what is waiting, so n
 to end.
 
     vllm      the one that plays; CUDA or CPU
+    openai    `vllm serve` on any number of machines
     hf        plain transformers, one request at a time: the reference the others are tested against
     scripted  canned replies, for tests
 
@@ -12,12 +13,15 @@ Importing this package imports neither torch nor vLLM.
 """
 
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, cast
+from typing import Annotated, Literal, Protocol, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from envs import comma_list
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +96,11 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["vllm", "hf"] = "vllm"
-    """`vllm`, or `hf` (plain transformers, one request at a time: slow, a reference)."""
+    name: Literal["vllm", "openai", "hf"] = "vllm"
+    """`vllm`, `openai` (servers that run already, on any number of machines), or `hf` (plain transformers, one request
+    at a time: slow, a reference)."""
+    servers: Annotated[list[str], BeforeValidator(comma_list)] = []
+    """With `openai`: where the servers are, as http://a:8000,http://b:8000."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the served weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
     concurrency: int = Field(default=64, ge=1)
@@ -112,9 +119,9 @@ class EngineSettings(BaseModel):
 
     @model_validator(mode="after")
     def _of_vllm_alone(self) -> Self:
-        if self.name == "hf":
-            of_vllm = type(self).model_fields.keys() - {"name", "dtype"}
-            refuse_inert(self, sorted(of_vllm), "with engine.name=hf")
+        takes = {"vllm": type(self).model_fields.keys() - {"servers"}, "openai": {"servers"}, "hf": {"dtype"}}
+        inert = type(self).model_fields.keys() - takes[self.name] - {"name"}
+        refuse_inert(self, sorted(inert), f"with engine.name={self.name}")
         return self
 
 
@@ -134,6 +141,7 @@ def load_engine(settings: EngineSettings, path: Path, max_length: int, end_token
         raise ValueError(f"No checkpoint at {path}: there is no config.json; give the folder that training wrote.")
     module, name = {
         "vllm": ("pipeline.engines.vllm_engine", "VllmEngine"),
+        "openai": ("pipeline.engines.openai_engine", "OpenAiEngine"),
         "hf": ("pipeline.engines.hf", "HfEngine"),
     }[settings.name]
     engine = getattr(importlib.import_module(module), name)
@@ -155,6 +163,12 @@ def check_prompt(prompt_ids: Sequence[int], max_length: int, vocabulary: int) ->
     if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocabulary):
         strange = next(token for token in prompt_ids if not 0 <= token < vocabulary)
         raise ValueError(f"Token id {strange} of the prompt is outside the checkpoint's vocabulary of {vocabulary}.")
+
+
+def read_vocabulary(path: Path) -> int:
+    """How many ids a checkpoint knows, from its config.json."""
+    config = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    return int({**config, **config.get("text_config", {})}["vocab_size"])
 
 
 def check_shape(served: Path, path: Path) -> None:

@@ -1,0 +1,330 @@
+"""Any number of `vllm serve` on this and other machines, spoken to by OpenAI's completions API: token in, token out.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --generation-config vllm --enable-prompt-tokens-details ...
+
+- An episode stays with one server, which has its past cached; which one, its name decides (rendezvous hashing): with a
+  server that goes, only its own episodes go over to others.
+- A request that a server does not answer is asked of another one. Sampling has the request's own seed: who answers
+  makes no difference beyond the last bits of the arithmetic.
+- A policy is put into every server by vLLM's `reload_weights`, from a folder that the servers see under the same path,
+  and marked as the weights' version. Every two seconds each server is asked for that version. One that was started anew
+  does not have it, and gets the policy again before it is asked for anything; one that has somebody else's ends the
+  run. `VLLM_SERVER_DEV_MODE` is what makes these calls possible: keep such servers on a network of your own.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import hashlib
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from tqdm import tqdm
+
+from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape, read_vocabulary
+
+POLL = 2.0
+"""Seconds between two looks at a server; it takes longer than that to start one anew."""
+SILENCE = 60.0
+"""Seconds after which a server that does not say its version is lost."""
+PATIENCE = 900.0
+"""Most seconds that a request waits for any server to be there."""
+TRIES = 8
+"""How often a request may fail before it is the request's own fault."""
+NEW = "default"
+"""The version of a server's weights that nobody has named (vllm/v1/engine/core.py)."""
+
+_T = TypeVar("_T")
+
+
+class LostError(Exception):
+    """A server did not answer, or not as one that is well; another may."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+        """Seconds after which the server asks to be tried again, being well but busy."""
+
+
+class OpenAiEngine:
+    """Requests go to whichever server is there; it ends with the first error that another server would not mend.
+
+    Args:
+        path: checkpoint folder, seen by the servers under the same path.
+        max_length: most tokens of a prompt and its completion together.
+        end_token_ids: ids that end a completion.
+        settings: `servers`.
+
+    Raises:
+        ValueError: no server is named or reachable, or one is not as it has to be.
+    """
+
+    def __init__(
+        self, path: Path, *, max_length: int, end_token_ids: Sequence[int], settings: EngineSettings | None = None
+    ) -> None:
+        self.max_length = max_length
+        self._path, self._ends, self._vocabulary = path, list(end_token_ids), read_vocabulary(path)
+        self._version, self._under_way, self._error = "", 0, ""
+        # The engine's own loop: its callers come and go with theirs, and `load` blocks.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits())
+        self._changed = asyncio.Event()
+        self._servers = [_Server(url.rstrip("/"), self._client) for url in (settings or EngineSettings()).servers]
+        self._monitors: list[asyncio.Task[None]] = []
+        try:
+            self._call(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, episode: str = "") -> Completion:
+        """See `Engine.generate`. Cancelling the awaiting task takes the request off its server."""
+        check_prompt(prompt_ids, self.max_length, self._vocabulary)
+        if self._error:
+            raise RuntimeError(self._error)
+        return await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(self._generate(list(prompt_ids), sampling, episode), self._loop)
+        )
+
+    def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
+        """See `Engine.load`."""
+        if self._error:
+            raise RuntimeError(self._error)
+        if self._under_way:
+            raise RuntimeError(f"{self._under_way} requests are under way; load when they are done.")
+        self._ends = list(end_token_ids)
+        if path != self._path:
+            check_shape(self._path, path)
+            self._path = path
+            self._call(self._start())
+
+    def close(self) -> None:
+        """See `Engine.close`. The servers go on."""
+        self._error = self._error or "The engine is closed."
+        if self._thread.is_alive():
+            self._call(self._stop())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        atexit.unregister(self.close)
+
+    def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # Everything below runs in the engine's loop.
+
+    async def _start(self) -> None:
+        """Put the policy into every server that is there, and watch them all from now on."""
+        await self._unwatch()
+        if not self._servers:
+            raise ValueError("engine.servers names no server; give their addresses, as http://HOST:8000.")
+        self._version = f"{self._path} {uuid.uuid4().hex}"
+        found = await asyncio.gather(*map(self._bring_up, self._servers), return_exceptions=True)
+        for server, error in zip(self._servers, found, strict=True):
+            if isinstance(error, LostError):
+                _tell(f"{server.url}: {error}; going on without it until it is there")
+            elif isinstance(error, BaseException):
+                raise error
+        if not any(server.is_up for server in self._servers):
+            raise ValueError(f"engine.servers: none is there ({'; '.join(map(str, found))}). Start them first.")
+        self._monitors = [asyncio.create_task(self._watch(server)) for server in self._servers]
+
+    async def _bring_up(self, server: "_Server") -> None:
+        await server.load(self._path, self._version, self.max_length)
+        self._changed.set()
+
+    async def _watch(self, server: "_Server") -> None:
+        """Look after one server; what cannot be mended ends the engine."""
+        while True:
+            await asyncio.sleep(POLL)
+            try:
+                version = await server.version()
+                if version == self._version and server.is_up:
+                    continue
+                if version not in (self._version, NEW):
+                    raise RuntimeError(f"{server.url} was given other weights by another run; let one run have it.")
+                server.go_down()
+                await self._bring_up(server)
+                _tell(f"{server.url}: is there")
+            except LostError as error:
+                _give_up(server, error)
+            except (RuntimeError, ValueError) as error:
+                self._error = self._error or str(error)
+                for one in self._servers:
+                    one.go_down()
+                self._changed.set()
+                return
+
+    async def _unwatch(self) -> None:
+        for monitor in self._monitors:
+            monitor.cancel()
+        await asyncio.gather(*self._monitors, return_exceptions=True)
+        self._monitors = []
+
+    async def _stop(self) -> None:
+        await self._unwatch()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await self._client.aclose()
+
+    async def _generate(self, prompt_ids: list[int], sampling: Sampling, episode: str) -> Completion:
+        self._under_way += 1
+        try:
+            reasons: list[str] = []
+            while len(reasons) < TRIES:
+                server = await self._server_of(episode or str(prompt_ids))
+                try:
+                    return await server.complete(prompt_ids, sampling, self.max_length, self._ends)
+                except LostError as error:
+                    reasons.append(f"{server.url}: {error}")
+                    if error.wait is None:
+                        _give_up(server, error)  # until its monitor has seen it well
+                    else:
+                        await asyncio.sleep(error.wait)
+            raise RuntimeError(f"A request failed {TRIES} times, at last so: {reasons[-1]}.")
+        finally:
+            self._under_way -= 1
+
+    async def _server_of(self, episode: str) -> "_Server":
+        """The server of an episode among those that are there; waits for one.
+
+        Raises:
+            RuntimeError: none came, or the engine has ended.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not (there := [server for server in self._servers if server.is_up]):
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
+            if not self._error and time.monotonic() >= deadline:
+                self._error = f"No server of engine.servers was there for {PATIENCE:.0f} s."
+            if self._error:
+                raise RuntimeError(self._error)
+        return max(there, key=lambda server: hashlib.sha256(f"{server.url} {episode}".encode()).digest())
+
+
+class _Server:
+    """One server's calls."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
+        self.url = url
+        self._client = client
+        self._model = ""
+        self._lost = asyncio.Event()
+        self._lost.set()
+
+    @property
+    def is_up(self) -> bool:
+        return not self._lost.is_set()
+
+    def go_down(self) -> None:
+        """Give up what is asked of it."""
+        self._lost.set()
+
+    async def version(self) -> str:
+        """Which weights it has."""
+        found = await self._ask("GET", "/weight_info", timeout=SILENCE)
+        return str(found["weight_version"])
+
+    async def load(self, path: Path, version: str, max_length: int) -> None:
+        """Put a policy into it.
+
+        Raises:
+            LostError: it is not there.
+            ValueError: it cannot serve the policy.
+        """
+        (model,) = (await self._ask("GET", "/v1/models", timeout=SILENCE))["data"][:1]
+        if model["max_model_len"] < max_length:
+            raise ValueError(
+                f"{self.url} takes {model['max_model_len']} tokens, fewer than model.max_length {max_length}; start it "
+                f"with --max-model-len {max_length}."
+            )
+        self._model = model["id"]
+        kwargs = {"weights_path": str(path.resolve())}
+        await self._ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+        await self._ask("POST", "/reset_prefix_cache")
+        await self._ask("POST", "/update_weight_version", {"new_version": version})
+        self._lost.clear()
+
+    async def complete(self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int]) -> Completion:
+        """One completion; given up when the server goes down."""
+        body = {
+            "model": self._model,
+            "prompt": prompt_ids,
+            "max_tokens": min(sampling.max_tokens, max_length - len(prompt_ids)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "logprobs": 0,  # of the drawn id alone
+            "stop_token_ids": ends,
+            "ignore_eos": True,  # see vllm_engine.sampling_params
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            # What a server's generation_config.json could set otherwise.
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        answer = await self._unless_lost(self._ask("POST", "/v1/completions", body))
+        (choice,) = answer["choices"]
+        details = answer["usage"].get("prompt_tokens_details") or {}
+        return Completion(
+            token_ids=choice["token_ids"],
+            logprobs=choice["logprobs"]["token_logprobs"],
+            finish_reason=choice["finish_reason"],
+            cached_tokens=details.get("cached_tokens") or 0,
+        )
+
+    async def _unless_lost(self, work: Awaitable[_T]) -> _T:
+        asked, lost = asyncio.ensure_future(work), asyncio.ensure_future(self._lost.wait())
+        try:
+            await asyncio.wait({asked, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not asked.done():
+                raise LostError("went down")
+            return asked.result()
+        finally:
+            asked.cancel()
+            lost.cancel()
+
+    async def _ask(self, method: str, place: str, body: Any = None, timeout: float | None = None) -> Any:
+        """One call.
+
+        Raises:
+            LostError: the server is not there, or not well.
+            ValueError: it refuses the call.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self._client.request(method, self.url + place, json=body)
+        except (httpx.TransportError, TimeoutError) as error:
+            raise LostError(f"{type(error).__name__} {error}".strip()) from None
+        if answer.status_code in (429, 503) and answer.headers.get("Retry-After", "").isdigit():
+            raise LostError(f"HTTP {answer.status_code}", float(answer.headers["Retry-After"]))
+        if answer.status_code >= 500 or answer.status_code == 429:
+            raise LostError(f"HTTP {answer.status_code}: {answer.text[:300]}")
+        if answer.status_code == 404:
+            raise ValueError(
+                f"{self.url}{place} is not there; engine.name=openai needs `vllm serve` with VLLM_SERVER_DEV_MODE=1."
+            )
+        if answer.status_code >= 400:
+            raise ValueError(f"{self.url}{place}: HTTP {answer.status_code}: {answer.text[:300]}")
+        return answer.json() if answer.content else None
+
+
+def _give_up(server: _Server, error: LostError) -> None:
+    if server.is_up:
+        _tell(f"{server.url}: {error}; its episodes go on elsewhere, or wait for it")
+    server.go_down()
+
+
+def _tell(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
