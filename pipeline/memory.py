@@ -186,13 +186,6 @@ def _lasting(side: Kept, sharded: bool) -> int:
     return 0 if sharded or side.again else side.copies
 
 
-def cache_bytes_per_token(sizes: Any, bytes_per_number: int = 2) -> int:
-    """The key-value cache's share of one token, in all layers."""
-    heads = getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads
-    width = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
-    return int(2 * sizes.num_hidden_layers * heads * width * bytes_per_number)
-
-
 def _kept(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> Kept:
     activations, copies = _saved(model, rows, length, bf16=bf16, checkpointing=False)
     again = 0
