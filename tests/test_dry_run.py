@@ -11,8 +11,8 @@ import yaml
 from pipeline import dry_run, memory, models, runs, speed
 from pipeline.config import RECIPES, ModelConfig, load
 from pipeline.examples import pair_examples
-from pipeline.rendering import Renderer
 from pipeline.records import write_jsonl
+from pipeline.rendering import Renderer
 from pipeline.runs import write_json
 from tests.test_examples import pairs_of, talk
 from tests.tiny_policy import save_tiny_policy
