@@ -15,6 +15,8 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -155,7 +157,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a policy as a folder that transformers and vLLM load; the folder appears whole or not at all.
 
     A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`. In a run of several
-    processes the first one writes and the others wait.
+    processes the first one writes and the others wait; all must call, for weights that FSDP has shared out are gathered.
 
     Args:
         model: a model of transformers, or one with a LoRA adapter; it is left as it was.
@@ -163,6 +165,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
         folder: replaced when it exists.
     """
     state = PartialState()
+    model = _whole(model)
     if state.is_main_process:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -179,6 +182,23 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     state.wait_for_everyone()
+
+
+def _whole(model: Any) -> Any:
+    """A model whose weights FSDP has shared out, as one on the first process's CPU; any other as it is."""
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not PartialState().is_main_process:
+        return model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
+        whole.generation_config = base.generation_config
+        whole = get_peft_model(whole, model.peft_config["default"]) if isinstance(model, PeftModel) else whole
+    whole.load_state_dict(weights, assign=True)
+    (whole.get_base_model() if isinstance(model, PeftModel) else whole).tie_weights()
+    return whole
 
 
 @contextlib.contextmanager

@@ -10,19 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline import training
 from pipeline.batches import Placed, Side, collate, order_examples
 from pipeline.config import ModelConfig, PreferenceConfig, SftConfig
 from pipeline.losses import discount, preference_loss
 from pipeline.methods import Discount
-from pipeline.models import add_lora, reference_mode
+from pipeline.models import add_lora, new_policy, reference_mode, save_policy
 from pipeline.rendering import Rendered
+from tests import fsdp_worker
 from tests.training_worker import (
     KINDS,
     PREFERENCE,
     SFT,
+    SIZES,
+    TEXTS,
     tiny_model,
     toy_pairs,
     toy_trajectories,
@@ -431,3 +434,32 @@ def test_facts_and_tensorboard(tmp_path):
     line = log_of(tmp_path)[-1]
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm"} <= line.keys()
     assert line["epoch"] == 3
+
+
+# ---- Weights shared out ----
+
+
+@pytest.mark.slow
+def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [sys.executable, *torchrun, "-m", "tests.fsdp_worker", str(tmp_path)],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | fsdp_worker.environment() | {"OMP_NUM_THREADS": "1"},
+    )
+    for kind, train in (KINDS | {"lora": fsdp_worker.train_lora}).items():
+        model, _ = train(tmp_path / "alone" / kind)
+        save_policy(model, new_policy(SIZES, TEXTS, seed=0)[1], tmp_path / "alone" / kind / "policy")
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone" / kind / "policy")
+        for name in ("plain", "checkpointing"):
+            folder = tmp_path / kind / name
+            facts = json.loads((folder / "facts.json").read_text())
+            assert facts["shared_out"]
+            assert (facts["processes"], facts["resumed_at_step"]) == (2, facts["steps"])
+            saved = AutoModelForCausalLM.from_pretrained(folder / "policy")
+            assert type(saved) is LlamaForCausalLM
+            assert_same_run(alone, saved, tmp_path / "alone" / kind, folder, rtol=1e-3, atol=1e-4)
+            resumed = AutoModelForCausalLM.from_pretrained(folder / "resumed").state_dict()
+            assert all(torch.equal(weight, resumed[key]) for key, weight in saved.state_dict().items())
+            assert (folder / "policy/adapter/adapter_model.safetensors").exists() == (kind == "lora")
