@@ -283,12 +283,12 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
         sides = [(rows, -(-length // 64) * 64) for length in lengths]
         kept = memory.kept(model, sides, bf16=bf16, checkpointing=section.gradient_checkpointing)
         for sharded in (False, True) if gpus > 1 else (False,):
-            said = memory.training(model, kept, bf16=bf16, gpus=gpus, sharded=sharded)
+            said = memory.training(model, kept, gpus=gpus, sharded=sharded)
             parts = (said.weights, said.gradients, said.optimizer, said.passing, said.total)
             table.add_row(
                 stage,
                 f"{rows} x " + " + ".join(f"{length}" for length in lengths),
-                "all GPUs (FSDP, ZeRO-3)" if sharded else "each GPU (DDP)" if gpus > 1 else "the GPU",
+                "all GPUs (FSDP)" if sharded else "each GPU (DDP)" if gpus > 1 else "the GPU",
                 *(f"{part / 1e9:.1f}" for part in parts),
                 "fits" if said.total < 0.92 * gpu.memory else "does NOT fit",
             )

@@ -67,6 +67,7 @@ class Kept:
     """Bytes that the forward pass of one trajectory of a micro-batch keeps for the backward pass."""
 
     activations: int
+    """Copies of weights left out."""
     again: int
     """Of one decoder layer that is computed again, with gradient checkpointing, and gone through."""
     copies: int
@@ -140,12 +141,12 @@ def kept(model: Any, sides: Sequence[tuple[int, int]], *, bf16: bool, checkpoint
     return [found[side] for side in sides]
 
 
-def training(model: Any, kept: Sequence[Kept], *, bf16: bool, gpus: int = 1, sharded: bool = False) -> Training:
+def training(model: Any, kept: Sequence[Kept], *, gpus: int = 1, sharded: bool = False) -> Training:
     """The most that each GPU holds in a training step.
 
-    With DDP every GPU has all weights, gradients, moments, and the gradients once more in DDP's buckets. Sharded (FSDP,
-    ZeRO-3) each has its part, and gathers in the precision of the computation the embedding and the output layer, and
-    two decoder layers at a time.
+    With DDP every GPU has all weights, gradients, moments, and the gradients once more in DDP's buckets. Sharded (FSDP)
+    each has its part, and gathers the embedding, the output layer, and two decoder layers at a time; what trains is
+    gathered, and its gradients are added up, in float32.
 
     The two trajectories of a pair are two passes with one loss, and torch adds up a weight's gradients before it puts
     them away: those of the one pass wait, whole, for those of the other.
@@ -153,23 +154,23 @@ def training(model: Any, kept: Sequence[Kept], *, bf16: bool, gpus: int = 1, sha
     Args:
         model: from `build`.
         kept: from `kept`.
-        bf16: whether autocast computes in bfloat16.
         gpus: how many share the work.
         sharded: whether they share the weights, too.
     """
-    parameters, compute = count(model), 2 if bf16 else 4
+    parameters = count(model)
     trained, parts, sharded = 4 * parameters.trained, gpus if sharded else 1, sharded and gpus > 1
-    waiting = (compute * parameters.trained if sharded else trained) if len(kept) > 1 else 0
+    waiting = trained if len(kept) > 1 else 0
     outside = parameters.embedding + (0 if _is_tied(model) else parameters.head)
-    gathered = compute * (outside + 2 * parameters.layer) if sharded else 0
+    each = (trained + parameters.base_bytes) / parameters.total
+    gathered = round(each * (outside + 2 * parameters.layer)) if sharded else 0
     activations = sum(side.activations for side in kept)
     moments = {
         "the forward pass ends": activations
-        + sum(0 if sharded else side.copies for side in kept) // (len(kept) if kept[0].again else 1)
+        + sum(side.copies for side in kept) // (len(kept) if kept[0].again else 1)
         + max(side.output for side in kept),
         "the backward pass begins": activations + max(max(side.again, side.output) for side in kept),
         "one trajectory's gradients wait": waiting
-        + max(side.activations + max(side.again, side.output) + _lasting(side, sharded) for side in kept),
+        + max(side.activations + max(side.again, side.output) + (0 if side.again else side.copies) for side in kept),
     }
     moment = max(moments, key=lambda name: moments[name])
     return Training(
@@ -179,11 +180,6 @@ def training(model: Any, kept: Sequence[Kept], *, bf16: bool, gpus: int = 1, sha
         passing=gathered + moments[moment],
         moment=moment,
     )
-
-
-def _lasting(side: Kept, sharded: bool) -> int:
-    """The copies of weights that the backward pass finds."""
-    return 0 if sharded or side.again else side.copies
 
 
 def _kept(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> Kept:

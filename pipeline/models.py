@@ -157,7 +157,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a policy as a folder that transformers and vLLM load; the folder appears whole or not at all.
 
     A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`. In a run of several
-    processes the first one writes and the others wait; all must call, for weights that FSDP has shared out are gathered.
+    processes the first one writes and the others wait; all must call, for what FSDP has shared out is gathered.
 
     Args:
         model: a model of transformers, or one with a LoRA adapter; it is left as it was.

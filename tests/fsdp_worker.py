@@ -1,16 +1,21 @@
-"""The script that `torchrun` starts twice, on CPUs, with accelerate's FSDP on: trains, goes on from a checkpoint, saves.
+"""The script that `torchrun` starts twice, on CPUs, with accelerate's FSDP on: trains, dies, goes on, saves.
 
 accelerate shares weights out on accelerators alone; here it is told that the processes' CPUs are such.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import GradientState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from pipeline import training
@@ -24,10 +29,11 @@ CONFIG = Path(__file__).parent.parent / "pipeline" / "accelerate" / "fsdp.yaml"
 
 def environment() -> dict[str, str]:
     """What `accelerate launch` sets for the shipped configuration."""
-    settings = yaml.safe_load(CONFIG.read_text("utf-8"))["fsdp_config"]
-    return {"ACCELERATE_USE_FSDP": "true"} | {
-        name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()
-    }
+    arguments, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(CONFIG), "worker.py"])
+    )
+    found = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def take_cpus_for_accelerators() -> None:
@@ -49,20 +55,47 @@ def train_lora(folder: Path, **changes):
     return model, training.run_preference(model, pairs, reference, Discount.DMPO, config, folder, seed=0)
 
 
+class KilledError(Exception):
+    """Stands for a kill -9."""
+
+
+def killed(train: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Training that dies in its third step of four and goes on from the checkpoint after the second."""
+    step = training._TurnTrainer.training_step
+
+    def die(self, *arguments, **more):
+        if self.state.global_step == 2:
+            raise KilledError
+        return step(self, *arguments, **more)
+
+    training._TurnTrainer.training_step = die
+    with contextlib.suppress(KilledError):
+        train(folder, micro_batch_size=2, save_steps=2)
+    training._TurnTrainer.training_step = step
+    GradientState._reset_state()  # a new process does not know that the old one died between two micro-batches
+    return train(folder, micro_batch_size=2, save_steps=2)
+
+
+RUNS = {
+    "plain": lambda train, folder: train(folder, micro_batch_size=2),
+    "checkpointing": lambda train, folder: train(folder, micro_batch_size=2, gradient_checkpointing=True),
+    "bf16": lambda train, folder: train(folder, micro_batch_size=2, bf16=True),
+    "killed": killed,
+}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     take_cpus_for_accelerators()
     tokenizer = new_policy(SIZES, TEXTS, seed=0)[1]
     for kind, train in (KINDS | {"lora": train_lora}).items():
-        for name, changes in (("plain", {}), ("checkpointing", {"gradient_checkpointing": True})):
-            model, facts = train(folder / kind / name, micro_batch_size=2, **changes)
+        for name, run in RUNS.items():
+            place = folder / kind / name
+            model, facts = run(train, place)
             facts["shared_out"] = all(isinstance(weight, DTensor) for weight in model.parameters())
-            save_policy(model, tokenizer, folder / kind / name / "policy")
-            again, more = train(folder / kind / name, micro_batch_size=2, **changes)
-            save_policy(again, tokenizer, folder / kind / name / "resumed")
+            save_policy(model, tokenizer, place / "policy")
             if torch.distributed.get_rank() == 0:
-                facts["resumed_at_step"] = more["resumed_at_step"]
-                (folder / kind / name / "facts.json").write_text(json.dumps(facts))
+                (place / "facts.json").write_text(json.dumps(facts))
     torch.distributed.destroy_process_group()
 
 

@@ -108,7 +108,7 @@ def test_what_training_holds_between_steps_is_counted_to_the_byte(tmp_path, monk
         training.run_preference(model, [pair()], reference, Discount.DMPO, config, tmp_path / str(rank), seed=0)
         shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
         kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=False, checkpointing=False)
-        said = memory.training(shapes, kept, bf16=False)
+        said = memory.training(shapes, kept)
         assert held == {"weights": said.weights, "gradients": said.gradients, "optimizer": said.optimizer}
 
 
@@ -147,6 +147,6 @@ def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing):
     measured = peak_of_a_step(model, bf16, checkpointing)
     shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
     kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=bf16, checkpointing=checkpointing)
-    said = memory.training(shapes, kept, bf16=bf16)
+    said = memory.training(shapes, kept)
     ratio = said.passing / measured
     assert 0.85 < ratio < 1.15, (measured, said)
