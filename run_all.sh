@@ -4,6 +4,7 @@
 #   bash run_all.sh                          a small policy trained from nothing, on a laptop
 #   bash run_all.sh tiny seed=0,1,2          three seeds
 #   bash run_all.sh tiny method=dmpo,dpo,rft run=versus
+#   bash run_all.sh llama2-7b --dry-run --gpus 8 --gpu h100    memory and hours; nothing is loaded or run
 #
 # What is done already is not done again; a run that was stopped goes on where it was. `python -m pipeline STAGE RECIPE
 # [key=value ...]` runs one stage, `--help` explains every key.
@@ -25,6 +26,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 started=$SECONDS
 source environment.sh
 if [ $((SECONDS - started)) -ge 5 ]; then echo "Set-up: $((SECONDS - started)) s" >&2; fi
+
+for argument in "$@"; do
+  if [ "$argument" = --dry-run ]; then exec python -m pipeline train "$recipe" "$@"; fi
+done
 
 rounds=$(python -m pipeline rounds "$recipe" "$@")
 explore=()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import config as configuration
-from pipeline import runs
+from pipeline import dry_run, runs
 
 STAGES = {
     "experts": "expert trajectories, from the environment itself or from a file",
@@ -32,12 +32,17 @@ TOOLS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, 0 only when its output is complete."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(arguments).parse_args(arguments)
+    options = _parse(arguments)
     try:
         module = importlib.import_module(f"pipeline.{options.command}")
         if options.command in TOOLS:
             return int(module.main(options) or 0)
         config = configuration.load(options.recipe, options.overrides)
+        if options.dry_run:
+            dry_run.main(config, options.gpus, options.gpu)
+            return 0
+        if options.gpus or options.gpu:
+            raise ValueError("--gpus and --gpu have no effect without --dry-run; DMPO_LAUNCH says what a run uses.")
         with runs.locked(config):
             module.main(config)
     except KeyboardInterrupt:
@@ -49,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {_sentence(error)}\n")
         return 1
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; keys may stand behind flags, too, which argparse by itself takes for unknown ones."""
+    parser = _parser(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [one for one in rest if one.startswith("-") or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -68,6 +84,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             command.epilog = _keys(name)
             command.add_argument("recipe", help="a name in pipeline/recipes, or a YAML file")
             command.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the recipe")
+            dry_run.add_arguments(command)
     return parser
 
 

@@ -122,12 +122,16 @@ class ExpertsConfig(Section):
     """Expert trajectories."""
 
     source: Path | None = None
-    """File of official expert data (ShareGPT JSON, as published with ETO). Empty: the environment solves its own
-    training tasks."""
+    """File of official expert data (ShareGPT JSON, as published with ETO); `{env}` in it stands for the environment's
+    name, as in `data/{env}_sft.json`. Empty: the environment solves its own training tasks."""
     thoughts: bool = True
     """Whether the expert's replies say why (`Thought: ...`) before they act. Official data keeps what it has."""
     tasks: int | None = Field(None, ge=1)
     """Demonstrate only this many of the training tasks, spread evenly over their kinds. Empty: all."""
+
+    def source_of(self, env: str) -> Path | None:
+        """The file of one environment, if there is any."""
+        return self.source and Path(str(self.source).replace("{env}", env))
 
 
 class TrainingConfig(Section):
@@ -367,8 +371,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "Config":
-        if self.experts.source is not None and len(self.env.names) > 1:
-            raise ValueError("experts.source holds the data of one environment; name one with env=")
+        source = self.experts.source
+        if source is not None and len(self.env.names) > 1 and "{env}" not in str(source):
+            raise ValueError(
+                "experts.source holds the data of one environment; name one with env=, or write {env} where its name "
+                "stands in each file's"
+            )
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ def main(config: Config) -> None:
 
 def _stage(arm: Arm, name: str, seed: int) -> None:
     config, env = arm.config, envs.load(name)
-    source = config.experts.source
+    source = config.experts.source_of(name)
     if source and not source.is_file():
         raise ValueError(
             f"experts.source: {source} is no file; `python -m pipeline fetch {name}-experts` puts ETO's into data/."

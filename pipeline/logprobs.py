@@ -25,13 +25,16 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+CHUNK = 1024
+"""Most positions that meet the output layer at once, where nothing else is asked for."""
+
 
 def token_logprobs(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     turn_index: Tensor,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """The log-prob of each of the policy's tokens, given everything before it.
 
@@ -72,7 +75,7 @@ def turn_logprobs(
     input_ids: Tensor,
     attention_mask: Tensor,
     turn_index: Tensor,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """The log-prob of every turn, log pi(a_t | s_t): the sum of its tokens' log-probs.
 

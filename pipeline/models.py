@@ -15,7 +15,10 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -60,22 +63,9 @@ def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[An
             "is even, for rotary positions. Change one of the two."
         )
     tokenizer = _train_tokenizer(config, texts)
-    sizes = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden,
-        intermediate_size=3 * config.hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        max_position_embeddings=config.max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        # Untied reached 0.79 nats a held-out action token of ScienceWorld's gold paths where tied reached 0.86 (66
-        # steps at 1e-3 on 164 trajectories, one seed). Only the policy's tokens meet the output layer: no time is lost.
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": induction.THETA},
-    )
+    sizes = new_sizes(config, len(tokenizer))
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(sizes, token, getattr(tokenizer, token))
     with _seeded(seed):
         model = LlamaForCausalLM(sizes)
     spellings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -84,6 +74,37 @@ def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[An
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     return model, tokenizer
+
+
+def new_sizes(config: ModelConfig, vocabulary: int) -> LlamaConfig:
+    """The sizes of a new policy with so many tokens."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden,
+        intermediate_size=3 * config.hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_length,
+        # Untied reached 0.79 nats a held-out action token of ScienceWorld's gold paths where tied reached 0.86 (66
+        # steps at 1e-3 on 164 trajectories, one seed). Only the policy's tokens meet the output layer: no time is lost.
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": induction.THETA},
+    )
+
+
+def read_sizes(path: str | Path, config: ModelConfig, revision: str | None = None) -> Any:
+    """The configuration of a model of the Hub or a folder, without its weights.
+
+    Raises:
+        ValueError: there is none, or the model is too short for `config.max_length`.
+    """
+    try:
+        sizes = AutoConfig.from_pretrained(path, revision=revision or "main").get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(_unloadable(path, error)) from error
+    _check_length(sizes, path, config)
+    return sizes
 
 
 def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: str | None = None) -> tuple[Any, Any]:
@@ -114,12 +135,7 @@ def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: 
             f"The tokenizer of {path} has no chat template; start from a chat model (its tokenizer_config.json or "
             "chat_template.jinja has one), or set model.path to a copy with a template added."
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and longest < config.max_length:
-        raise ValueError(
-            f"model.max_length {config.max_length} is more than the {longest} positions of {path}; set "
-            f"model.max_length={longest} or less."
-        )
+    _check_length(model.config, path, config)
     return add_lora(model, config, seed), tokenizer
 
 
@@ -141,7 +157,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a policy as a folder that transformers and vLLM load; the folder appears whole or not at all.
 
     A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`. In a run of several
-    processes the first one writes and the others wait.
+    processes the first one writes and the others wait; all must call, for what FSDP has shared out is gathered.
 
     Args:
         model: a model of transformers, or one with a LoRA adapter; it is left as it was.
@@ -149,6 +165,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
         folder: replaced when it exists.
     """
     state = PartialState()
+    model = _whole(model)
     if state.is_main_process:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -165,6 +182,23 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     state.wait_for_everyone()
+
+
+def _whole(model: Any) -> Any:
+    """A model whose weights FSDP has shared out, as one on the first process's CPU; any other as it is."""
+    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not PartialState().is_main_process:
+        return model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
+        whole.generation_config = base.generation_config
+        whole = get_peft_model(whole, model.peft_config["default"]) if isinstance(model, PeftModel) else whole
+    whole.load_state_dict(weights, assign=True)
+    (whole.get_base_model() if isinstance(model, PeftModel) else whole).tie_weights()
+    return whole
 
 
 @contextlib.contextmanager
@@ -208,6 +242,15 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _check_length(sizes: Any, path: str | Path, config: ModelConfig) -> None:
+    longest = getattr(sizes, "max_position_embeddings", None)
+    if longest is not None and longest < config.max_length:
+        raise ValueError(
+            f"model.max_length {config.max_length} is more than the {longest} positions of {path}; set "
+            f"model.max_length={longest} or less."
+        )
 
 
 def _unloadable(path: str | Path, error: Exception) -> str:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
@@ -290,6 +291,7 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         extra_callbacks: list[Any],
     ) -> None:
         super().__init__(model=model, args=arguments, data_collator=collate, train_dataset=run)
+        _share_out_in_float32(self.accelerator)
         self.remove_callback(ProgressCallback)  # prints every line of the log into the bar; `_Bar` does not
         for callback in extra_callbacks:
             self.add_callback(callback)
@@ -305,7 +307,10 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
         Gradients are averaged over the processes, and shares add up: hence the factor.
         """
-        logprobs = [_side_logprobs(model, side) for side in inputs["sides"]]
+        logprobs = []
+        for side in inputs["sides"]:  # apart, as autocast keeps its copies of the weights until it ends
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+                logprobs.append(_side_logprobs(model, side))
         loss, metrics = self._objective(logprobs, inputs)
         self._window.add(metrics)
         share: Tensor = loss * self.accelerator.num_processes
@@ -351,6 +356,29 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
+
+
+def _share_out_in_float32(accelerator: Any) -> None:
+    """Have FSDP gather weights and add up gradients in float32; `compute_loss` has autocast compute, as without FSDP.
+
+    By itself accelerate has FSDP cast everything to bfloat16, the log-probs that leave the output layer included.
+
+    Raises:
+        ValueError: a way of sharing out weights that is not supported.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed is not supported here; FSDP shares out the same weights, gradients and moments: launch with "
+            "pipeline/accelerate/fsdp.yaml."
+        )
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is None:
+        return
+    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "FSDP needs fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false here; launch with "
+            "pipeline/accelerate/fsdp.yaml."
+        )
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _last_checkpoint(folder: Path) -> tuple[str | None, int]:

@@ -135,6 +135,14 @@ def test_a_recipe_that_builds_on_itself_is_refused(recipe, tmp_path):
         load(str(path))
 
 
+def test_one_path_may_name_the_expert_data_of_every_environment():
+    loaded = load("tiny", ["experts.source=data/{env}_sft.json"])
+    assert [str(loaded.experts.source_of(env)) for env in loaded.env.names] == [
+        *("data/sciworld_sft.json", "data/alfworld_sft.json", "data/webshop_sft.json")
+    ]
+    assert load("tiny", []).experts.source_of("webshop") is None
+
+
 def test_a_studys_run_is_named_after_it():
     assert load("study/beta").run == "study-beta"
     assert load("study/beta").folder.parts == ("runs", "study-beta")

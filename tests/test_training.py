@@ -7,22 +7,28 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pipeline import training
 from pipeline.batches import Placed, Side, collate, order_examples
 from pipeline.config import ModelConfig, PreferenceConfig, SftConfig
 from pipeline.losses import discount, preference_loss
 from pipeline.methods import Discount
-from pipeline.models import add_lora, reference_mode
+from pipeline.models import add_lora, new_policy, reference_mode, save_policy
 from pipeline.rendering import Rendered
+from tests import fsdp_worker
 from tests.training_worker import (
     KINDS,
     PREFERENCE,
     SFT,
+    SIZES,
+    TEXTS,
     tiny_model,
     toy_pairs,
     toy_trajectories,
@@ -431,3 +437,59 @@ def test_facts_and_tensorboard(tmp_path):
     line = log_of(tmp_path)[-1]
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm"} <= line.keys()
     assert line["epoch"] == 3
+
+
+# ---- Weights shared out ----
+
+
+@pytest.mark.slow
+def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [sys.executable, *torchrun, "-m", "tests.fsdp_worker", str(tmp_path)],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | fsdp_worker.environment() | {"OMP_NUM_THREADS": "1"},
+    )
+    for kind, train in (KINDS | {"lora": fsdp_worker.train_lora}).items():
+        for name in fsdp_worker.RUNS:
+            alone, folder = tmp_path / "alone" / kind / name, tmp_path / kind / name
+            model, _ = train(alone, bf16=name == "bf16", save_steps=2)
+            save_policy(model, new_policy(SIZES, TEXTS, seed=0)[1], alone / "policy")
+            facts = json.loads((folder / "facts.json").read_text())
+            assert facts["shared_out"]
+            assert (facts["processes"], facts["resumed_at_step"]) == (2, 2 if name == "killed" else 0)
+            assert (folder / "policy/adapter/adapter_model.safetensors").exists() == (kind == "lora")
+            saved, expected = (AutoModelForCausalLM.from_pretrained(run / "policy") for run in (folder, alone))
+            assert type(saved) is LlamaForCausalLM
+            loss, tolerance = log_of(alone)[0]["loss"], 1e-4 if name == "bf16" else 1e-6
+            assert log_of(folder)[0]["loss"] == pytest.approx(loss, rel=tolerance)
+            # In bfloat16 how rows are put together moves the last bits, and AdamW's first steps go by signs alone.
+            close = {"rtol": 1e-3, "atol": 1e-2 if name == "bf16" else 1e-4}
+            for key, weight in saved.state_dict().items():
+                torch.testing.assert_close(weight, expected.state_dict()[key], **close)
+
+
+def test_the_shipped_launch_configurations_start_eight_processes():
+    for name, shared_out in (("ddp", False), ("fsdp", True)):
+        path = fsdp_worker.CONFIG.with_name(f"{name}.yaml")
+        parser = launch_command_parser()
+        arguments, _, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "worker.py"]))
+        assert (arguments.num_processes, arguments.multi_gpu, arguments.use_fsdp) == (8, not shared_out, shared_out)
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ({"distributed_type": DistributedType.DEEPSPEED}, r"DeepSpeed is not supported here; FSDP .*fsdp\.yaml"),
+        ({"fsdp_version": 1}, r"FSDP needs fsdp_version: 2 .*fsdp\.yaml"),
+        ({"cpu_ram_efficient_loading": True}, r"fsdp_cpu_ram_efficient_loading: false .*fsdp\.yaml"),
+    ],
+)
+def test_other_ways_to_share_weights_out_are_refused(state, complaint):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False} | state)
+    kind = state.get("distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=complaint):
+        training._share_out_in_float32(
+            SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
+        )

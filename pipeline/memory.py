@@ -1,0 +1,278 @@
+"""What a model takes of a GPU's memory, from its configuration alone: no weight is read, none is made.
+
+Counts are exact: the model is built on torch's `meta` device by the code that builds the real one, and its forward runs
+on fake tensors (shapes without contents), where everything that is kept for the backward pass is counted.
+
+- Weights, gradients and AdamW's two moments are float32; the frozen base of a LoRA policy keeps its checkpoint's
+  precision (pipeline/models.py).
+- Under autocast every float32 weight of a linear layer has a bfloat16 copy while the model computes.
+- With gradient checkpointing a layer's activations exist only while it is computed again, one layer at a time.
+- The output layer meets `CHUNK` positions at once (pipeline/logprobs.py).
+
+Not counted: the libraries' own memory, fragmentation, and what single operations need in passing.
+tests/test_memory.py holds the numbers against real training steps.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pipeline.config import ModelConfig
+from pipeline.logprobs import CHUNK
+from pipeline.models import add_lora
+
+MOMENTS = 2
+"""AdamW's numbers for each trained weight."""
+
+PASSING = 1.5
+"""A layer that is computed again takes its activations and, in passing, gradients of some of them: about so many times
+the activations, as the steps of tests/test_memory.py do."""
+
+UNMASKED = "sdpa_without_mask"
+"""Attention as training has it. On fake tensors transformers would lay a mask over it, which takes memory of its own;
+one whose name has no mask function gets none."""
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Numbers of weights."""
+
+    total: int
+    """All, a LoRA adapter included."""
+    trained: int
+    base_bytes: int
+    """Bytes of the frozen ones."""
+    embedding: int
+    """Of the input embedding."""
+    head: int
+    """Of the output layer; what is tied to the embedding counts here, too."""
+    layer: int
+    """Of the largest decoder layer."""
+    used: int
+    """That a token is multiplied with in the decoder layers: of a mixture, the experts that it is sent to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """Bytes that the forward pass of one trajectory of a micro-batch keeps for the backward pass."""
+
+    activations: int
+    """Copies of weights left out."""
+    again: int
+    """Of one decoder layer that is computed again, with gradient checkpointing, and gone through."""
+    copies: int
+    """Of weights in another precision, while they are there: with checkpointing in the forward pass alone."""
+    output: int
+    """Logits of one chunk of positions and their gradient: at most 10 bytes a number, 8 in float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """Bytes on each GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    passing: int
+    """Activations, and what else is there for the length of one step, at the moment when that is most."""
+    moment: str
+    """Which moment that is."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.passing
+
+
+def build(sizes: Any, config: ModelConfig, *, gpu: bool = True) -> Any:
+    """The model that training would load, on the `meta` device: shapes and precisions without memory.
+
+    Args:
+        sizes: its configuration.
+        config: says whether a LoRA adapter comes on top.
+        gpu: whether as on a GPU, where the base of a LoRA policy keeps its checkpoint's precision.
+    """
+    dtype = sizes.dtype if config.lora_rank and gpu and sizes.dtype else torch.float32
+    with torch.device("meta"):  # a copy, for it notes the precision in its configuration
+        return add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(sizes), dtype=dtype), config, seed=0)
+
+
+def count(model: Any) -> Parameters:
+    """The numbers of a model's weights."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    base = sum(weight.numel() * weight.element_size() for weight in model.parameters() if not weight.requires_grad)
+    layers = _layers(model)
+    experts = sum(weight.numel() for name, weight in layers.named_parameters() if ".experts." in name)
+    return Parameters(
+        total=total,
+        trained=trained,
+        base_bytes=base,
+        embedding=model.get_input_embeddings().weight.numel(),
+        head=model.get_output_embeddings().weight.numel(),
+        layer=max(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
+        used=sum(weight.numel() for weight in layers.parameters()) - round(experts * (1 - _share_used(model.config))),
+    )
+
+
+def kept(model: Any, sides: Sequence[tuple[int, int]], *, bf16: bool, checkpointing: bool) -> list[Kept]:
+    """What a training step keeps of each trajectory.
+
+    Args:
+        model: from `build`.
+        sides: rows and tokens of each trajectory of a micro-batch: one of SFT, two of a pair.
+        bf16: whether autocast computes in bfloat16.
+        checkpointing: whether activations are computed again in the backward pass.
+
+    Raises:
+        ValueError: the model's forward depends on what its tensors hold.
+    """
+    found = {side: _kept(model, *side, bf16=bf16, checkpointing=checkpointing) for side in set(sides)}
+    return [found[side] for side in sides]
+
+
+def training(model: Any, kept: Sequence[Kept], *, gpus: int = 1, sharded: bool = False) -> Training:
+    """The most that each GPU holds in a training step.
+
+    With DDP every GPU has all weights, gradients, moments, and the gradients once more in DDP's buckets. Sharded (FSDP)
+    each has its part, and gathers the embedding, the output layer, and two decoder layers at a time; what trains is
+    gathered, and its gradients are added up, in float32.
+
+    The two trajectories of a pair are two passes with one loss, and torch adds up a weight's gradients before it puts
+    them away: those of the one pass wait, whole, for those of the other.
+
+    Args:
+        model: from `build`.
+        kept: from `kept`.
+        gpus: how many share the work.
+        sharded: whether they share the weights, too.
+    """
+    parameters = count(model)
+    trained, parts, sharded = 4 * parameters.trained, gpus if sharded else 1, sharded and gpus > 1
+    waiting = trained if len(kept) > 1 else 0
+    outside = parameters.embedding + (0 if _is_tied(model) else parameters.head)
+    each = (trained + parameters.base_bytes) / parameters.total
+    gathered = round(each * (outside + 2 * parameters.layer)) if sharded else 0
+    activations = sum(side.activations for side in kept)
+    moments = {
+        "the forward pass ends": activations
+        + sum(side.copies for side in kept) // (len(kept) if kept[0].again else 1)
+        + max(side.output for side in kept),
+        "the backward pass begins": activations + max(max(side.again, side.output) for side in kept),
+        "one trajectory's gradients wait": waiting
+        + max(side.activations + max(side.again, side.output) + (0 if side.again else side.copies) for side in kept),
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    return Training(
+        weights=-(-(trained + parameters.base_bytes) // parts),
+        gradients=-(-trained // parts) + (trained if gpus > 1 and not sharded else 0),
+        optimizer=-(-MOMENTS * trained // parts),
+        passing=gathered + moments[moment],
+        moment=moment,
+    )
+
+
+def _kept(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> Kept:
+    activations, copies = _saved(model, rows, length, bf16=bf16, checkpointing=False)
+    again = 0
+    if checkpointing:
+        whole = activations
+        activations, _ = _saved(model, rows, length, bf16=bf16, checkpointing=True)
+        again = round(PASSING * (whole - activations) / len(_layers(model)))
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    output = min(CHUNK, rows * length) * vocabulary * (10 if bf16 else 8)
+    return Kept(activations=activations, again=again, copies=copies, output=output)
+
+
+def _saved(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a forward pass up to the output layer saves: activations, and copies of weights."""
+    found: dict[int, tuple[Tensor, bool]] = {}  # the tensors are held, so that no storage's address comes twice
+    with _fake(model, bf16=bf16, checkpointing=checkpointing) as fake:
+        weights = {_address(weight) for weight in fake.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in weights:
+                found.setdefault(_address(tensor), (tensor, _is_copy_of_a_weight(tensor)))
+            return tensor
+
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            last = _base(fake).get_decoder()(input_ids=ids, use_cache=False)
+        sizes = dict.fromkeys((False, True), 0)
+        for tensor, copied in found.values():
+            sizes[copied] += tensor.untyped_storage().nbytes()
+        del last
+    return sizes[False], sizes[True]
+
+
+@contextlib.contextmanager
+def _fake(model: Any, *, bf16: bool, checkpointing: bool) -> Iterator[Any]:
+    """The model on fake tensors of the CPU, which autocast treats as it treats real ones.
+
+    Raises:
+        ValueError: its forward depends on what its tensors hold.
+    """
+    mixture = _share_used(_base(model).config) < 1
+    fake = copy.deepcopy(model)
+    if mixture and bf16:
+        fake = fake.to(torch.bfloat16)  # a mixture's grouped products are refused in autocast on fake tensors
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake.to_empty(device="cpu")
+            _base(fake).tie_weights()
+            _base(fake).set_attn_implementation(UNMASKED)
+            fake.train()
+            if checkpointing:
+                fake.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            yield fake
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"{type(_base(model)).__name__} cannot be counted without its weights: its forward depends on what its "
+            f"tensors hold ({error}). Try it with a small micro_batch_size on the GPU itself."
+        ) from None
+
+
+def _base(model: Any) -> Any:
+    """The model of transformers, inside a LoRA policy or not."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    """The decoder layers: the largest list of modules."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters()))
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _share_used(sizes: Any) -> float:
+    """The share of a mixture's experts that a token is sent to; 1 where there are none."""
+    experts = getattr(sizes, "num_experts", None) or getattr(sizes, "num_local_experts", None)
+    return getattr(sizes, "num_experts_per_tok", experts) / experts if experts else 1.0
+
+
+def _address(tensor: Tensor) -> int:
+    """The same for tensors that share their memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_copy_of_a_weight(tensor: Tensor) -> bool:
+    """Whether autocast made it of a weight, for the computation alone."""
+    made_by = (tensor if tensor._base is None else tensor._base).grad_fn
+    if made_by is None or made_by.name() != "ToCopyBackward0":
+        return False
+    source = made_by.next_functions[0][0]
+    return source is not None and source.name() == "torch::autograd::AccumulateGrad"

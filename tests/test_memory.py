@@ -1,0 +1,152 @@
+"""The dry run's memory, against models that are really built and steps that are really trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+
+from pipeline import memory, training
+from pipeline.batches import Run, Side, collate
+from pipeline.config import ModelConfig, PreferenceConfig
+from pipeline.methods import Discount
+from pipeline.models import add_lora, read_sizes
+from pipeline.objectives import PreferenceObjective
+from pipeline.rendering import Rendered
+from tests.training_worker import PREFERENCE
+
+CONFIGS = Path(__file__).parent / "fixtures" / "model_configs"
+LENGTH = 256
+SMALL = LlamaConfig(
+    vocab_size=600,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("mistral-7b", 7_241_732_096),
+        ("llama3.1-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-4b", 4_022_468_096),
+    ],
+)
+def test_published_models_have_their_published_numbers_of_weights(name, published):
+    sizes = read_sizes(CONFIGS / name, ModelConfig(max_length=4096))
+    counted = memory.count(memory.build(sizes, ModelConfig()))
+    assert (counted.total, counted.trained, counted.base_bytes) == (published, published, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_are_those_of_a_model_that_is_built(rank, tied):
+    sizes = AutoConfig.for_model(**SMALL.to_dict() | {"tie_word_embeddings": tied})
+    config = ModelConfig(lora_rank=rank)
+    built = add_lora(AutoModelForCausalLM.from_config(sizes, dtype=torch.float32), config, 0)
+    counted = memory.count(memory.build(sizes, config))
+    assert counted.total == sum(weight.numel() for weight in built.parameters())
+    assert counted.trained == sum(weight.numel() for weight in built.parameters() if weight.requires_grad)
+    assert counted.used + counted.embedding + (0 if tied else counted.head) == counted.total - sizes.hidden_size
+
+
+def test_the_base_of_a_lora_policy_keeps_its_checkpoints_precision_on_a_gpu_alone():
+    sizes, config = read_sizes(CONFIGS / "llama2-7b", ModelConfig()), ModelConfig(lora_rank=8)
+    assert memory.count(memory.build(sizes, config)).base_bytes == 2 * 6_738_415_616
+    assert memory.count(memory.build(sizes, config, gpu=False)).base_bytes == 4 * 6_738_415_616
+
+
+def test_a_mixture_multiplies_with_the_experts_a_token_is_sent_to():
+    sizes = Qwen3MoeConfig(
+        vocab_size=600,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    model = memory.build(sizes, ModelConfig())
+    experts = 2 * 8 * 3 * 64 * 32
+    assert (
+        memory.count(model).used == sum(weight.numel() for weight in model.model.layers.parameters()) - experts * 3 // 4
+    )
+    assert memory.kept(model, [(1, 128)], bf16=True, checkpointing=False)[0].activations > 0
+
+
+def pair() -> tuple[Rendered, Rendered]:
+    """Two trajectories of LENGTH tokens, all but the first the policy's."""
+    side = Rendered(ids=[7] * LENGTH, turn_index=[-1, *[0] * (LENGTH - 1)])
+    return side, side
+
+
+def test_what_training_holds_between_steps_is_counted_to_the_byte(tmp_path, monkeypatch):
+    held = {}
+
+    def look(trainer, *arguments, **more):
+        optimizer = trainer.optimizer.state.values()
+        held["weights"] = _bytes(trainer.model.parameters())
+        held["gradients"] = _bytes(weight.grad for weight in trainer.model.parameters() if weight.grad is not None)
+        held["optimizer"] = _bytes(state[key] for state in optimizer for key in ("exp_avg", "exp_avg_sq"))
+        return step(trainer, *arguments, **more)
+
+    step = training._TurnTrainer.training_step
+    monkeypatch.setattr(training._TurnTrainer, "training_step", look)
+    monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self, set_to_none=True: None)  # they are freed, else
+    for rank in (0, 4):
+        model = add_lora(LlamaForCausalLM(SMALL), ModelConfig(lora_rank=rank), 0)
+        config = PreferenceConfig(**PREFERENCE | {"batch_size": 1, "micro_batch_size": 1, "epochs": 2})
+        reference = training.reference_turn_logprobs(model, [pair()], config)
+        training.run_preference(model, [pair()], reference, Discount.DMPO, config, tmp_path / str(rank), seed=0)
+        shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
+        kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=False, checkpointing=False)
+        said = memory.training(shapes, kept)
+        assert held == {"weights": said.weights, "gradients": said.gradients, "optimizer": said.optimizer}
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_of_a_step(model, bf16: bool, checkpointing: bool) -> int:
+    """Bytes beyond weights and gradients at the worst moment of a real step, as torch's profiler saw them."""
+    sides = tuple(Side(rendered=side, reference=[-1.0] * side.turns, weights=[1.0] * side.turns) for side in pair())
+    batch = collate([Run([sides], [1], batch_size=1, epochs=1, seed=0)[0]])
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    for weight in model.parameters():  # what earlier micro-batches of the step leave
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        logprobs = []
+        for side in batch["sides"]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as accelerate: around the forward pass alone
+                logprobs.append(training._side_logprobs(model, side))
+        PreferenceObjective(beta=0.1)(logprobs, batch)[0].backward()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing):
+    model = add_lora(LlamaForCausalLM(SMALL), ModelConfig(lora_rank=rank), 0)
+    measured = peak_of_a_step(model, bf16, checkpointing)
+    shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
+    kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=bf16, checkpointing=checkpointing)
+    said = memory.training(shapes, kept)
+    ratio = said.passing / measured
+    assert 0.85 < ratio < 1.15, (measured, said)
