@@ -72,7 +72,7 @@ class Measured:
     """NaN where the side needs more than `--memory` GiB."""
     peak_mib: float | None
     loss: float | None
-    """Of the first step of the timed training: the same for all sides."""
+    """Of the first step of the timed training; the warm-up's step lies before it, on pairs in each side's own order."""
 
 
 def main() -> None:

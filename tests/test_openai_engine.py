@@ -41,7 +41,7 @@ class Fake:
 
     def __init__(self, port=0, max_model_len=2048):
         self.max_model_len, self.version, self.weights = max_model_len, NEW, ""
-        self.asked, self.faults = [], []
+        self.asked, self.faults, self.connections = [], [], []
         self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -54,6 +54,9 @@ class Fake:
         self.held.set()
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:  # kept alive by who asked
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _handler(fake):  # noqa: N805 - `self` is the handler's
         class Handler(BaseHTTPRequestHandler):
@@ -61,6 +64,10 @@ class Fake:
 
             def log_message(self, *_):
                 pass
+
+            def setup(self):
+                super().setup()
+                fake.connections.append(self.connection)
 
             def do_GET(self):
                 found = {
