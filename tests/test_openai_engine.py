@@ -164,7 +164,7 @@ class TestWithFakes:
         fakes[0].faults = [fault] * 3
         with engine_on(policy, *(fake.url for fake in fakes)) as engine:
             assert await play(engine, 30, turns=2) == sums(30, turns=2)
-        assert not fakes[0].faults
+        assert len(fakes[0].faults) < 3  # after the first its episodes may all have gone elsewhere
 
     async def test_a_server_that_goes_in_mid_run_leaves_its_episodes_to_the_others(self, policy, fakes, capsys):
         fakes[0].held.clear()  # its requests hang when it goes
