@@ -7,6 +7,7 @@ optimizer, the schedule, mixed precision, checkpoints and several processes.
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -268,6 +269,8 @@ def training_arguments(config: TrainingConfig, folder: Path, seed: int) -> Any:
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
         ddp_find_unused_parameters=False,  # every pass uses every weight
+        # FSDP would keep whole gradients on every GPU until the last micro-batch of a step; DDP has them anyway.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": _uses_fsdp()}},
     )
     if arguments.n_gpu > 1:
         # One GPU a process: the Trainer would wrap the model in DataParallel, which splits batches its own way.
@@ -356,6 +359,11 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         if self.args.gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
+
+
+def _uses_fsdp() -> bool:
+    """Whether `accelerate launch` was told to share weights out."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _share_out_in_float32(accelerator: Any) -> None:

@@ -84,15 +84,31 @@ RUNS = {
 }
 
 
+def look_at_gradients() -> list[bool]:
+    """Whether each process had no more than its part of every gradient, after each micro-batch from now on."""
+    step, found = training._TurnTrainer.training_step, []
+
+    def look(self, *arguments, **more):
+        loss = step(self, *arguments, **more)
+        found.append(all(isinstance(one.grad, DTensor) for one in self.model.parameters() if one.requires_grad))
+        return loss
+
+    training._TurnTrainer.training_step = look
+    return found
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     take_cpus_for_accelerators()
+    gradients = look_at_gradients()
     tokenizer = new_policy(SIZES, TEXTS, seed=0)[1]
     for kind, train in (KINDS | {"lora": train_lora}).items():
         for name, run in RUNS.items():
             place = folder / kind / name
             model, facts = run(train, place)
             facts["shared_out"] = all(isinstance(weight, DTensor) for weight in model.parameters())
+            facts["gradients_shared_out"] = all(gradients) and len(gradients) > facts["steps"]
+            gradients.clear()
             save_policy(model, tokenizer, place / "policy")
             if torch.distributed.get_rank() == 0:
                 (place / "facts.json").write_text(json.dumps(facts))

@@ -458,6 +458,7 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(tmp_path):
             save_policy(model, new_policy(SIZES, TEXTS, seed=0)[1], alone / "policy")
             facts = json.loads((folder / "facts.json").read_text())
             assert facts["shared_out"]
+            assert facts["gradients_shared_out"]
             assert (facts["processes"], facts["resumed_at_step"]) == (2, 2 if name == "killed" else 0)
             assert (folder / "policy/adapter/adapter_model.safetensors").exists() == (kind == "lora")
             saved, expected = (AutoModelForCausalLM.from_pretrained(run / "policy") for run in (folder, alone))
