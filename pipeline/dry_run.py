@@ -11,6 +11,7 @@ our renderer and the policy's tokenizer. Else they are `EXPECTED`, and memory is
 import argparse
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +47,8 @@ EXPECTED = {
     "webshop": Expected(tasks=(1824, 200, 200), turns=4.2, tokens=884, reply=23),
 }
 """Means of 47, 23 and 60 experts that the environments made themselves, at 3.5 characters a token."""
+USABLE = 0.92
+"""Share of a GPU's memory that training may come to; CUDA itself and fragments take the rest."""
 LOSERS = 1.5
 """How much longer than an expert's the policy's own trajectories are taken to be."""
 
@@ -258,40 +261,30 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
 
     longest = max(one.longest for one in works.values())
     longest_pair = max((one.longest_pair for one in works.values()), key=sum)
-    table = Table(
-        *(
-            "stage",
-            "longest",
-            "weights on",
-            "weights",
-            "gradients",
-            "AdamW",
-            "passing",
-            "total",
-            f"of {gpu.memory / 1e9:.0f}",
-        ),
-        title="Memory of each GPU in GB (10^9 bytes)",
-        title_justify="left",
-        show_edge=False,
-    )
+    columns = ("stage", "longest", "weights on", "weights", "gradients", "AdamW", "passing", "total")
+    title = "Memory of each GPU in GB (10^9 bytes)"
+    table = Table(*columns, f"of {gpu.memory / 1e9:.0f}", title=title, title_justify="left", show_edge=False)
+
+    def add(stage: str, sides: Sequence[tuple[int, int]], where: str, said: memory.Training) -> None:
+        parts = (said.weights, said.gradients, said.optimizer, said.passing, said.total)
+        lengths = f"{sides[0][0]} x " + " + ".join(f"{length}" for _, length in sides)
+        verdict = "fits" if said.total < USABLE * gpu.memory else "does NOT fit"
+        table.add_row(stage, lengths, where, *(f"{part / 1e9:.1f}" for part in parts), verdict)
+
+    alone = "each GPU (DDP)" if gpus > 1 else "the GPU"
     for stage, model, section, lengths in (
         ("sft", sft, config.sft, (longest,)),
         ("train", policy, config.train, longest_pair),
     ):
-        rows = _micro_batch(section, gpus)
-        bf16 = section.bf16 is not False
-        sides = [(rows, -(-length // 64) * 64) for length in lengths]
-        kept = memory.kept(model, sides, bf16=bf16, checkpointing=section.gradient_checkpointing)
-        for sharded in (False, True) if gpus > 1 else (False,):
-            said = memory.training(model, kept, gpus=gpus, sharded=sharded)
-            parts = (said.weights, said.gradients, said.optimizer, said.passing, said.total)
-            table.add_row(
-                stage,
-                f"{rows} x " + " + ".join(f"{length}" for length in lengths),
-                "all GPUs (FSDP)" if sharded else "each GPU (DDP)" if gpus > 1 else "the GPU",
-                *(f"{part / 1e9:.1f}" for part in parts),
-                "fits" if said.total < 0.92 * gpu.memory else "does NOT fit",
-            )
+        rows, bf16 = _micro_batch(section, gpus), section.bf16 is not False
+        sides = [(rows, length) for length in lengths]
+        padded = [(rows, -(-length // 64) * 64) for length in lengths]
+        kept = memory.kept(model, padded, bf16=bf16, checkpointing=section.gradient_checkpointing)
+        if stage == "train":
+            add("reference", [(section.micro_batch_size, max(lengths))], "each GPU", memory.scoring(model, kept))
+        add(stage, sides, alone, memory.training(model, kept, gpus=gpus))
+        if gpus > 1:
+            add(stage, sides, "all GPUs (FSDP)", memory.training(model, kept, gpus=gpus, sharded=True))
     return table
 
 

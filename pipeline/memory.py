@@ -84,9 +84,7 @@ class Training:
     gradients: int
     optimizer: int
     passing: int
-    """Activations, and what else is there for the length of one step, at the moment when that is most."""
-    moment: str
-    """Which moment that is."""
+    """Activations, and what else is there for a part of a step, at the moment when that is most."""
 
     @property
     def total(self) -> int:
@@ -164,21 +162,28 @@ def training(model: Any, kept: Sequence[Kept], *, gpus: int = 1, sharded: bool =
     each = (trained + parameters.base_bytes) / parameters.total
     gathered = round(each * (outside + 2 * parameters.layer)) if sharded else 0
     activations = sum(side.activations for side in kept)
-    moments = {
-        "the forward pass ends": activations
-        + sum(side.copies for side in kept) // (len(kept) if kept[0].again else 1)
-        + max(side.output for side in kept),
-        "the backward pass begins": activations + max(max(side.again, side.output) for side in kept),
-        "one trajectory's gradients wait": waiting
-        + max(side.activations + max(side.again, side.output) + (0 if side.again else side.copies) for side in kept),
-    }
-    moment = max(moments, key=lambda name: moments[name])
+    copies = sum(side.copies for side in kept) // (len(kept) if kept[0].again else 1)
+    forward_ends = activations + copies + max(side.output for side in kept)
+    backward_begins = activations + max(max(side.again, side.output) for side in kept)
+    one_pass_waits = waiting + max(
+        side.activations + max(side.again, side.output) + (0 if side.again else side.copies) for side in kept
+    )
     return Training(
         weights=-(-(trained + parameters.base_bytes) // parts),
         gradients=-(-trained // parts) + (trained if gpus > 1 and not sharded else 0),
         optimizer=-(-MOMENTS * trained // parts),
-        passing=gathered + moments[moment],
-        moment=moment,
+        passing=gathered + max(forward_ends, backward_begins, one_pass_waits),
+    )
+
+
+def scoring(model: Any, kept: Sequence[Kept]) -> Training:
+    """What the stage `reference` holds on each GPU: the whole model, and what one layer and one chunk pass through."""
+    parameters = count(model)
+    return Training(
+        weights=4 * parameters.trained + parameters.base_bytes,
+        gradients=0,
+        optimizer=0,
+        passing=max(side.copies + side.output + side.again for side in kept),
     )
 
 

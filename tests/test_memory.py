@@ -109,6 +109,7 @@ def test_what_training_holds_between_steps_is_counted_to_the_byte(tmp_path, monk
         shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
         kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=False, checkpointing=False)
         said = memory.training(shapes, kept)
+        assert memory.scoring(shapes, kept).weights == held["weights"]
         assert held == {"weights": said.weights, "gradients": said.gradients, "optimizer": said.optimizer}
 
 
