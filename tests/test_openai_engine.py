@@ -36,14 +36,19 @@ def _quick(monkeypatch):
     monkeypatch.setattr(openai_engine, "PATIENCE", 20.0)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # or the system drops some of the connections that come at once
+
+
 class Fake:
     """A server that speaks as vLLM's does, replies with the sum of the prompt, and fails on demand."""
 
     def __init__(self, port=0, max_model_len=2048):
         self.max_model_len, self.version, self.weights = max_model_len, NEW, ""
-        self.asked, self.faults, self.connections = [], [], []
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self.server.daemon_threads = True
+        self.asked, self.faults, self.connections, self.loads = [], [], [], 0
+        self.layers, self.empties, self.sees = 2, True, True
+        self.server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.held = threading.Event()
         self.held.set()
@@ -84,7 +89,15 @@ class Fake:
                     return None
                 body = json.loads(text) if text else None
                 if self.path == "/collective_rpc":
+                    fake.loads += 1
+                    if not fake.sees:
+                        return self.answer(500, {"message": "no such path"})
                     fake.weights = body["kwargs"]["weights_path"]
+                elif self.path == "/weight_checker":
+                    names = [f"model.layers.{number}.mlp.weight" for number in range(fake.layers)]
+                    return self.answer(200, {"checksums": dict.fromkeys(["lm_head.weight", *names], "0")})
+                elif self.path == "/reset_prefix_cache":
+                    return self.answer(200, {"success": fake.empties})
                 elif self.path == "/update_weight_version":
                     fake.version = body["new_version"]
                 elif self.path == "/v1/completions":
@@ -194,6 +207,66 @@ class TestWithFakes:
                 for _ in range(200):
                     await engine.generate([1], GREEDY)
                     await asyncio.sleep(0.02)
+
+    async def test_a_reply_of_other_weights_never_counts(self, policy, fakes, monkeypatch):
+        monkeypatch.setattr(openai_engine, "POLL", 1000.0)
+        with engine_on(policy, fakes[0].url) as engine:
+            await engine.generate([1], GREEDY)
+            fakes[0].version = "somebody else's"
+            with pytest.raises(RuntimeError, match="was given other weights by another run"):
+                await engine.generate([1], GREEDY)
+
+    async def test_an_error_that_ends_the_run_ends_what_is_under_way_at_once(self, policy, fakes):
+        fakes[0].held.clear()
+        with engine_on(policy, fakes[0].url) as engine:
+            playing = asyncio.create_task(play(engine, 5))
+            while not fakes[0].asked:
+                await asyncio.sleep(0.01)
+            fakes[0].version = "somebody else's"
+            began = time.monotonic()
+            with pytest.raises(RuntimeError, match="was given other weights by another run"):
+                await playing
+            assert time.monotonic() - began < openai_engine.PATIENCE / 2
+
+    async def test_one_dropped_request_costs_the_others_nothing(self, policy, fakes):
+        fakes[0].held.clear()
+        with engine_on(policy, fakes[0].url) as engine:
+            playing = asyncio.create_task(play(engine, 8))
+            while len(fakes[0].asked) < 8:
+                await asyncio.sleep(0.01)
+            fakes[0].faults = ["drop"]
+            dropped = asyncio.create_task(engine.generate([99], GREEDY))
+            while len(fakes[0].asked) < 10:
+                await asyncio.sleep(0.01)
+            fakes[0].held.set()
+            assert await playing == sums(8)
+            assert (await dropped).token_ids == [99, END]
+        assert len(fakes[0].asked) == 10
+        assert fakes[0].loads == 1
+
+    async def test_closing_fails_what_is_under_way(self, policy, fakes):
+        fakes[0].held.clear()
+        with engine_on(policy, fakes[0].url) as engine:
+            asking = asyncio.create_task(engine.generate([1], GREEDY))
+            while not fakes[0].asked:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(engine.close)
+            with pytest.raises(RuntimeError, match="The engine is closed"):
+                await asking
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ({"layers": 3}, "serves a model of 3 layers, and .* has 2"),
+            ({"sees": False}, "could not load .*HTTP 500.* and has to be started anew"),
+            ({"empties": False}, "did not empty its prefix cache"),
+        ],
+    )
+    def test_a_policy_that_is_not_wholly_there_is_refused(self, policy, fakes, fault, message):
+        for name, value in fault.items():
+            setattr(fakes[0], name, value)
+        with pytest.raises(ValueError, match=message), engine_on(policy, fakes[0].url):
+            pass
 
     async def test_another_policy_is_put_into_every_server(self, policy, other, fakes):
         with engine_on(policy, *(fake.url for fake in fakes)) as engine:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, Self, cast
+from typing import Annotated, Any, Literal, Protocol, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -165,10 +165,10 @@ def check_prompt(prompt_ids: Sequence[int], max_length: int, vocabulary: int) ->
         raise ValueError(f"Token id {strange} of the prompt is outside the checkpoint's vocabulary of {vocabulary}.")
 
 
-def read_vocabulary(path: Path) -> int:
-    """How many ids a checkpoint knows, from its config.json."""
+def read_sizes(path: Path) -> dict[str, Any]:
+    """A checkpoint's sizes, as its config.json has them; those of the text model, where it has several."""
     config = json.loads((Path(path) / "config.json").read_text("utf-8"))
-    return int({**config, **config.get("text_config", {})}["vocab_size"])
+    return {**config, **config.get("text_config", {})}
 
 
 def check_shape(served: Path, path: Path) -> None:

@@ -7,15 +7,19 @@
 - A request that a server does not answer is asked of another one. Sampling has the request's own seed: who answers
   makes no difference beyond the last bits of the arithmetic.
 - A policy is put into every server by vLLM's `reload_weights`, from a folder that the servers see under the same path,
-  and marked as the weights' version. Every two seconds each server is asked for that version. One that was started anew
-  does not have it, and gets the policy again before it is asked for anything; one that has somebody else's ends the
-  run. `VLLM_SERVER_DEV_MODE` is what makes these calls possible: keep such servers on a network of your own.
+  and named as the weights' version. Each server is asked for that version every two seconds, and after each reply
+  before the reply counts. One that was started anew does not have it, and gets the policy again; one that has somebody
+  else's ends the run. `VLLM_SERVER_DEV_MODE` is what makes these calls possible: keep such servers on a network of
+  your own.
+
+On a CPU, unlike the other engines, these share cached prefixes between episodes: last bits may hang on who played when.
 """
 
 import asyncio
 import atexit
 import contextlib
 import hashlib
+import re
 import sys
 import threading
 import time
@@ -27,7 +31,7 @@ from typing import Any, TypeVar
 import httpx
 from tqdm import tqdm
 
-from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape, read_vocabulary
+from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape, read_sizes
 
 POLL = 2.0
 """Seconds between two looks at a server; it takes longer than that to start one anew."""
@@ -46,10 +50,20 @@ _T = TypeVar("_T")
 class LostError(Exception):
     """A server did not answer, or not as one that is well; another may."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, status: int | None = None, wait: float | None = None) -> None:
         super().__init__(reason)
+        self.status = status
+        """Of the HTTP answer, if there was one."""
         self.wait = wait
         """Seconds after which the server asks to be tried again, being well but busy."""
+
+
+class NewError(LostError):
+    """A server was started anew: it is there, without the policy."""
+
+
+class ForeignWeightsError(Exception):
+    """A server has weights that another run has put there."""
 
 
 class OpenAiEngine:
@@ -69,14 +83,16 @@ class OpenAiEngine:
         self, path: Path, *, max_length: int, end_token_ids: Sequence[int], settings: EngineSettings | None = None
     ) -> None:
         self.max_length = max_length
-        self._path, self._ends, self._vocabulary = path, list(end_token_ids), read_vocabulary(path)
+        self._path, self._ends, self._vocabulary = path, list(end_token_ids), int(read_sizes(path)["vocab_size"])
         self._version, self._under_way, self._error = "", 0, ""
         # The engine's own loop: its callers come and go with theirs, and `load` blocks.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits())
+        # vLLM drops connections that are idle for 5 s; it must never be asked over one that it is about to drop.
+        limits = httpx.Limits(keepalive_expiry=2)
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
         self._changed = asyncio.Event()
         self._servers = [_Server(url.rstrip("/"), self._client) for url in (settings or EngineSettings()).servers]
         self._monitors: list[asyncio.Task[None]] = []
@@ -91,9 +107,14 @@ class OpenAiEngine:
         check_prompt(prompt_ids, self.max_length, self._vocabulary)
         if self._error:
             raise RuntimeError(self._error)
-        return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(self._generate(list(prompt_ids), sampling, episode), self._loop)
-        )
+        asked = asyncio.run_coroutine_threadsafe(self._generate(list(prompt_ids), sampling, episode), self._loop)
+        try:
+            return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._error and task is not None and not task.cancelling():  # `close` cancelled it, not who asked
+                raise RuntimeError(self._error) from None
+            raise
 
     def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
         """See `Engine.load`."""
@@ -142,26 +163,43 @@ class OpenAiEngine:
         await server.load(self._path, self._version, self.max_length)
         self._changed.set()
 
+    async def _look_at(self, server: "_Server") -> None:
+        """Bring up a server that is well and has the policy, and give the policy to one that was started anew.
+
+        Raises:
+            LostError: it is not there.
+            ForeignWeightsError: another run has it.
+            ValueError: it cannot serve the policy.
+        """
+        try:
+            await server.expect(self._version)
+        except NewError:
+            server.go_down()
+            await self._bring_up(server)
+        if not server.is_up:
+            server.come_up()
+        self._changed.set()
+
+    def _fail(self, error: Exception) -> None:
+        """End the engine: nothing that is asked of it can be answered any more."""
+        self._error = self._error or str(error)
+        for server in self._servers:
+            server.go_down()
+        self._changed.set()
+
     async def _watch(self, server: "_Server") -> None:
         """Look after one server; what cannot be mended ends the engine."""
         while True:
             await asyncio.sleep(POLL)
             try:
-                version = await server.version()
-                if version == self._version and server.is_up:
-                    continue
-                if version not in (self._version, NEW):
-                    raise RuntimeError(f"{server.url} was given other weights by another run; let one run have it.")
-                server.go_down()
-                await self._bring_up(server)
-                _tell(f"{server.url}: is there")
+                was_up = server.is_up
+                await self._look_at(server)
+                if not was_up:
+                    _tell(f"{server.url}: is there")
             except LostError as error:
                 _give_up(server, error)
-            except (RuntimeError, ValueError) as error:
-                self._error = self._error or str(error)
-                for one in self._servers:
-                    one.go_down()
-                self._changed.set()
+            except (ForeignWeightsError, ValueError) as error:
+                self._fail(error)
                 return
 
     async def _unwatch(self) -> None:
@@ -179,37 +217,66 @@ class OpenAiEngine:
     async def _generate(self, prompt_ids: list[int], sampling: Sampling, episode: str) -> Completion:
         self._under_way += 1
         try:
-            reasons: list[str] = []
-            while len(reasons) < TRIES:
-                server = await self._server_of(episode or str(prompt_ids))
+            failed: list[_Server] = []
+            while True:
+                server = await self._server_of(episode or str(prompt_ids), failed)
                 try:
-                    return await server.complete(prompt_ids, sampling, self.max_length, self._ends)
+                    return await self._ask(server, prompt_ids, sampling)
                 except LostError as error:
-                    reasons.append(f"{server.url}: {error}")
-                    if error.wait is None:
-                        _give_up(server, error)  # until its monitor has seen it well
-                    else:
-                        await asyncio.sleep(error.wait)
-            raise RuntimeError(f"A request failed {TRIES} times, at last so: {reasons[-1]}.")
+                    failed.append(server)
+                    if len(failed) == TRIES:
+                        raise RuntimeError(
+                            f"A request failed {TRIES} times, at last so: {server.url}: {error}."
+                        ) from None
+                    await asyncio.sleep(error.wait or 0)
         finally:
             self._under_way -= 1
 
-    async def _server_of(self, episode: str) -> "_Server":
-        """The server of an episode among those that are there; waits for one.
+    async def _ask(self, server: "_Server", prompt_ids: list[int], sampling: Sampling) -> Completion:
+        """A completion that is proven to be the policy's: the server had its version before, and has it after.
+
+        Raises:
+            LostError: another server may answer.
+            RuntimeError: another run has the server.
+        """
+        try:
+            try:
+                completion = await server.complete(prompt_ids, sampling, self.max_length, self._ends)
+                await server.expect(self._version)
+                return completion
+            except LostError as error:
+                if error.wait is None:
+                    await self._recheck(server)
+                raise
+        except ForeignWeightsError as error:
+            self._fail(error)
+            raise RuntimeError(self._error) from None
+
+    async def _recheck(self, server: "_Server") -> None:
+        """After a failure: one request that was dropped is no lost server."""
+        try:
+            await server.expect(self._version)
+        except LostError as error:
+            _give_up(server, error)  # until its monitor has seen it well
+
+    async def _server_of(self, episode: str, failed: Sequence["_Server"]) -> "_Server":
+        """The server of an episode among those that are there, of which those that failed it come last; waits for one.
 
         Raises:
             RuntimeError: none came, or the engine has ended.
         """
         deadline = time.monotonic() + PATIENCE
-        while not (there := [server for server in self._servers if server.is_up]):
+        while not self._error:
+            if there := [server for server in self._servers if server.is_up]:
+                best = [server for server in there if server not in failed] or there
+                return max(best, key=lambda server: hashlib.sha256(f"{server.url} {episode}".encode()).digest())
+            if (left := deadline - time.monotonic()) <= 0:
+                self._fail(TimeoutError(f"No server of engine.servers was there for {PATIENCE:.0f} s."))
+                break
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
-            if not self._error and time.monotonic() >= deadline:
-                self._error = f"No server of engine.servers was there for {PATIENCE:.0f} s."
-            if self._error:
-                raise RuntimeError(self._error)
-        return max(there, key=lambda server: hashlib.sha256(f"{server.url} {episode}".encode()).digest())
+                await asyncio.wait_for(self._changed.wait(), left)
+        raise RuntimeError(self._error)
 
 
 class _Server:
@@ -226,17 +293,29 @@ class _Server:
     def is_up(self) -> bool:
         return not self._lost.is_set()
 
+    def come_up(self) -> None:
+        """Let it be asked."""
+        self._lost.clear()
+
     def go_down(self) -> None:
         """Give up what is asked of it."""
         self._lost.set()
 
-    async def version(self) -> str:
-        """Which weights it has."""
-        found = await self._ask("GET", "/weight_info", timeout=SILENCE)
-        return str(found["weight_version"])
+    async def expect(self, version: str) -> None:
+        """See that it has these weights.
+
+        Raises:
+            LostError: it is not there, or has no policy yet.
+            ForeignWeightsError: it has others.
+        """
+        found = str((await self._ask("GET", "/weight_info", timeout=SILENCE))["weight_version"])
+        if found in (NEW, _loading(version)):
+            raise NewError("was started anew")
+        if found != version:
+            raise ForeignWeightsError(f"{self.url} was given other weights by another run; let one run have it.")
 
     async def load(self, path: Path, version: str, max_length: int) -> None:
-        """Put a policy into it.
+        """Put a policy into it. Its version is another one from the first moment on that its weights may be.
 
         Raises:
             LostError: it is not there.
@@ -249,11 +328,37 @@ class _Server:
                 f"with --max-model-len {max_length}."
             )
         self._model = model["id"]
-        kwargs = {"weights_path": str(path.resolve())}
-        await self._ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
-        await self._ask("POST", "/reset_prefix_cache")
+        await self._ask("POST", "/update_weight_version", {"new_version": _loading(version)})
+        try:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
+            await self._ask("POST", "/collective_rpc", body)
+        except LostError as error:
+            if error.status is None:
+                raise
+            raise ValueError(
+                f"{self.url} could not load {path.resolve()} ({error}) and has to be started anew: it must see that "
+                "path, and be started with a model of the same shape."
+            ) from None
+        await self._check_layers(path)
+        if not (await self._ask("POST", "/reset_prefix_cache"))["success"]:
+            raise LostError("did not empty its prefix cache")
         await self._ask("POST", "/update_weight_version", {"new_version": version})
-        self._lost.clear()
+        self.come_up()
+
+    async def _check_layers(self, path: Path) -> None:
+        """See that no layer kept its old weights: vLLM says nothing where a checkpoint has fewer than the model.
+
+        Raises:
+            ValueError: the server's model has another number of layers.
+        """
+        names = (await self._ask("POST", "/weight_checker", {"action": "checksum"}))["checksums"]
+        layers = {int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+        wanted = read_sizes(path)["num_hidden_layers"]
+        if layers != set(range(wanted)):
+            raise ValueError(
+                f"{self.url} serves a model of {len(layers)} layers, and {path} has {wanted}; start it with a model of "
+                "the same shape."
+            )
 
     async def complete(self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int]) -> Completion:
         """One completion; given up when the server goes down."""
@@ -308,9 +413,9 @@ class _Server:
         except (httpx.TransportError, TimeoutError) as error:
             raise LostError(f"{type(error).__name__} {error}".strip()) from None
         if answer.status_code in (429, 503) and answer.headers.get("Retry-After", "").isdigit():
-            raise LostError(f"HTTP {answer.status_code}", float(answer.headers["Retry-After"]))
+            raise LostError("is busy", answer.status_code, float(answer.headers["Retry-After"]))
         if answer.status_code >= 500 or answer.status_code == 429:
-            raise LostError(f"HTTP {answer.status_code}: {answer.text[:300]}")
+            raise LostError(f"HTTP {answer.status_code}: {answer.text[:300]}", answer.status_code)
         if answer.status_code == 404:
             raise ValueError(
                 f"{self.url}{place} is not there; engine.name=openai needs `vllm serve` with VLLM_SERVER_DEV_MODE=1."
@@ -318,6 +423,11 @@ class _Server:
         if answer.status_code >= 400:
             raise ValueError(f"{self.url}{place}: HTTP {answer.status_code}: {answer.text[:300]}")
         return answer.json() if answer.content else None
+
+
+def _loading(version: str) -> str:
+    """The version of weights that are on their way."""
+    return f"loading {version}"
 
 
 def _give_up(server: _Server, error: LostError) -> None:
