@@ -203,9 +203,9 @@ class RolloutConfig(Section):
     samples: int = Field(1, ge=1)
     """Episodes for each training task."""
     tasks: int | None = Field(None, ge=1)
-    """Explore only this many of the training tasks that have an expert, drawn by the run's seed. Empty: all."""
+    """Explore only this many training tasks of those that may be, drawn by the run's seed. Empty: all."""
     undemonstrated: bool = False
-    """Whether training tasks without an expert are explored as well (`experts.tasks` leaves some): they make pairs of
+    """Whether training tasks without an expert may be explored, too (`experts.tasks` leaves some): they make pairs of
     the policy's own samples, with pairs.contest=samples or all."""
 
     @model_validator(mode="after")
