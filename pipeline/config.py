@@ -96,6 +96,9 @@ class ModelConfig(Section):
     the adapter off."""
     lora_alpha: int = Field(16, ge=1)
     """Scale of the LoRA update: it is multiplied by alpha / rank."""
+    load_in_4bit: bool = False
+    """QLoRA: hold the frozen base of a LoRA policy in 4 bits (NF4, double quantisation), a quarter of bfloat16's bytes;
+    needs bitsandbytes. Policies are saved, and served, with the dequantised base; a stage quantises what it loads."""
 
     @model_validator(mode="after")
     def _sizes_of_a_new_model(self) -> "ModelConfig":
@@ -104,6 +107,12 @@ class ModelConfig(Section):
             raise ValueError(f"{sorted(sizes)[0]} is a size of a new model and has no effect beside model.path")
         if self.path is None and self.revision is not None:
             raise ValueError("revision is of a Hub model and has no effect without model.path")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_base_in_4bit(self) -> "ModelConfig":
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError("load_in_4bit is of the frozen base of a LoRA policy; set model.lora_rank, too")
         return self
 
 

@@ -149,12 +149,13 @@ def report(config: Config, gpu: Gpu, gpus: int) -> list[Any]:
         else models.new_sizes(config.model, config.model.vocabulary)
     )
     works = {env: work(config, env) for env in config.env.names}
-    base = config.model.model_copy(update={"lora_rank": 0})
+    base = config.model.model_copy(update={"lora_rank": 0, "load_in_4bit": False})
     sft = memory.build(sizes, config.model if config.model.path else base)  # a new policy is made without an adapter
     policy = memory.build(sizes, config.model)
     counts = memory.count(policy)
     name = config.model.path or "a new model"
-    trained = f"{counts.trained:,} trained" + (f" (LoRA of rank {config.model.lora_rank})" if counts.base_bytes else "")
+    adapter = f" ({'QLoRA' if config.model.load_in_4bit else 'LoRA'} of rank {config.model.lora_rank})"
+    trained = f"{counts.trained:,} trained{adapter if counts.base_bytes else ''}"
     served = memory.count(memory.build(sizes, base))
     return [
         f"{name}: {counts.total:,} parameters, {trained}; {gpus} x {gpu.name}. Nothing was loaded.",
@@ -162,7 +163,7 @@ def report(config: Config, gpu: Gpu, gpus: int) -> list[Any]:
         _serving(config, sizes, served, gpu),
         _hours_table(config, sizes, memory.count(sft), counts, served, works, gpu, gpus),
         *(f"{env}: {_longest(one)}" for env, one in works.items()),
-        _assumptions(),
+        _assumptions() + (" Nor is the time that dequantising takes counted." if config.model.load_in_4bit else ""),
     ]
 
 
@@ -257,7 +258,7 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
     """Bytes of each GPU, by stage and by how the weights lie."""
     from rich.table import Table
 
-    from pipeline import memory
+    from pipeline import memory, qlora
 
     longest = max(one.longest for one in works.values())
     longest_pair = max((one.longest_pair for one in works.values()), key=sum)
@@ -283,7 +284,7 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
         if stage == "train":
             add("reference", [(section.micro_batch_size, max(lengths))], "each GPU", memory.scoring(model, kept))
         add(stage, sides, alone, memory.training(model, kept, gpus=gpus))
-        if gpus > 1:
+        if gpus > 1 and not qlora.is_in_4bit(model):
             add(stage, sides, "all GPUs (FSDP)", memory.training(model, kept, gpus=gpus, sharded=True))
     return table
 

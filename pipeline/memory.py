@@ -4,7 +4,7 @@ Counts are exact: the model is built on torch's `meta` device by the code that b
 on fake tensors (shapes without contents), where everything that is kept for the backward pass is counted.
 
 - Weights, gradients and AdamW's two moments are float32; the frozen base of a LoRA policy keeps its checkpoint's
-  precision (pipeline/models.py).
+  precision (pipeline/models.py), or is held in 4 bits (pipeline/qlora.py).
 - Under autocast every float32 weight of a linear layer has a bfloat16 copy while the model computes.
 - With gradient checkpointing a layer's activations exist only while it is computed again, one layer at a time.
 - The output layer meets `CHUNK` positions at once (pipeline/logprobs.py).
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pipeline import qlora
 from pipeline.config import ModelConfig
 from pipeline.logprobs import CHUNK
 from pipeline.models import add_lora
@@ -95,27 +97,30 @@ class Training:
 def build(sizes: Any, config: ModelConfig, *, gpu: bool = True) -> Any:
     """The model that training would load, on the `meta` device: shapes and precisions without memory.
 
+    A base in 4 bits has the shapes and the precision that it is dequantised to, and is marked; `count` knows its bytes.
+
     Args:
         sizes: its configuration.
-        config: says whether a LoRA adapter comes on top.
+        config: says whether a LoRA adapter comes on top, and whether of a base in 4 bits.
         gpu: whether as on a GPU, where the base of a LoRA policy keeps its checkpoint's precision.
     """
     dtype = sizes.dtype if config.lora_rank and gpu and sizes.dtype else torch.float32
     with torch.device("meta"):  # a copy, for it notes the precision in its configuration
-        return add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(sizes), dtype=dtype), config, seed=0)
+        model = add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(sizes), dtype=dtype), config, seed=0)
+    _base(model).is_loaded_in_4bit = config.load_in_4bit
+    return model
 
 
 def count(model: Any) -> Parameters:
     """The numbers of a model's weights."""
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
-    base = sum(weight.numel() * weight.element_size() for weight in model.parameters() if not weight.requires_grad)
     layers = _layers(model)
     experts = sum(weight.numel() for name, weight in layers.named_parameters() if ".experts." in name)
     return Parameters(
         total=total,
         trained=trained,
-        base_bytes=base,
+        base_bytes=_frozen_bytes(model),
         embedding=model.get_input_embeddings().weight.numel(),
         head=model.get_output_embeddings().weight.numel(),
         layer=max(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
@@ -246,6 +251,17 @@ def _fake(model: Any, *, bf16: bool, checkpointing: bool) -> Iterator[Any]:
             f"{type(_base(model)).__name__} cannot be counted without its weights: its forward depends on what its "
             f"tensors hold ({error}). Try it with a small micro_batch_size on the GPU itself."
         ) from None
+
+
+def _frozen_bytes(model: Any) -> int:
+    """Bytes of the weights that are not trained; in 4 bits are those that an adapter sits on."""
+    adapted = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
+    small = {id(weight) for weight in adapted} if qlora.is_in_4bit(model) else set()
+    return sum(
+        qlora.bytes_of(weight.numel()) if id(weight) in small else weight.numel() * weight.element_size()
+        for weight in model.parameters()
+        if not weight.requires_grad
+    )
 
 
 def _base(model: Any) -> Any:

@@ -1,7 +1,8 @@
 """Policies: a new tiny one, one from the Hub or a folder, and how a policy is saved.
 
 Weights stay in float32 while they are trained (a step of 1e-6 vanishes in bfloat16), and autocast computes in bfloat16.
-The frozen base of a LoRA policy needs no such master copy: on a GPU it keeps its checkpoint's precision.
+The frozen base of a LoRA policy needs no such master copy: on a GPU it keeps its checkpoint's precision, and with
+`load_in_4bit` it is held in 4 bits (pipeline/qlora.py).
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import induction
+from pipeline import induction, qlora
 from pipeline.config import ModelConfig
 from pipeline.rendering import TINY_CHAT_TEMPLATE, TINY_ROLE_TOKENS, TINY_SPECIAL_TOKENS
 
@@ -43,8 +44,8 @@ def new_policy(config: ModelConfig, texts: Iterable[str], seed: int) -> tuple[An
     """A randomly initialised Llama with induction heads, and a byte-level BPE tokenizer trained on `texts`.
 
     The same arguments give the same tokenizer and the same weights. Nothing here can meet an unknown character: the 256
-    bytes are tokens. All its weights are to be trained, whatever `config.lora_rank`: LoRA on a random base would learn
-    next to nothing, so it comes in with what `load_policy` loads.
+    bytes are tokens. All its weights are to be trained, whatever `config.lora_rank` (and `load_in_4bit`): LoRA on a
+    random base would learn next to nothing, so it comes in with what `load_policy` loads.
 
     Args:
         config: the sizes.
@@ -112,7 +113,7 @@ def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: 
 
     Args:
         path: Hub id, or a folder as `save_policy` writes it.
-        config: gives the LoRA adapter and the length that the model must bear.
+        config: gives the LoRA adapter, whether its base is held in 4 bits, and the length that the model must bear.
         seed: of the adapter's weights.
         revision: commit, tag or branch on the Hub.
 
@@ -120,13 +121,15 @@ def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: 
         The model and its tokenizer.
 
     Raises:
-        ValueError: there is no such model, it has no chat template, or it is too short for `config.max_length`.
+        ValueError: there is no such model, it has no chat template, it is too short for `config.max_length`, or
+            bitsandbytes is missing for 4 bits.
     """
     keep_precision = config.lora_rank > 0 and torch.cuda.is_available()
+    in_4bit = qlora.loading() if config.load_in_4bit else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision or "main", dtype="auto" if keep_precision else torch.float32
+            path, revision=revision or "main", dtype="auto" if keep_precision else torch.float32, **in_4bit
         )
     except (OSError, ValueError) as error:
         raise ValueError(_unloadable(path, error)) from error
@@ -156,8 +159,9 @@ def add_lora(model: Any, config: ModelConfig, seed: int) -> Any:
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a policy as a folder that transformers and vLLM load; the folder appears whole or not at all.
 
-    A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`. In a run of several
-    processes the first one writes and the others wait; all must call, for what FSDP has shared out is gathered.
+    A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`; one whose base is held
+    in 4 bits, with what these stand for, in the precision that it was loaded in. In a run of several processes the
+    first one writes and the others wait; all must call, for what FSDP has shared out is gathered.
 
     Args:
         model: a model of transformers, or one with a LoRA adapter; it is left as it was.
@@ -174,7 +178,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
             merged = model
             if isinstance(model, PeftModel):
                 model.save_pretrained(partial / ADAPTER)
-                merged = copy.deepcopy(model).merge_and_unload()
+                merged = _merged(model, partial / ADAPTER)
             merged.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             _replace(partial, folder)
@@ -182,6 +186,11 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     state.wait_for_everyone()
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    """A LoRA policy as a model without an adapter."""
+    return qlora.merged(model, adapter) if qlora.is_in_4bit(model) else copy.deepcopy(model).merge_and_unload()
 
 
 def _whole(model: Any) -> Any:

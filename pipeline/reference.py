@@ -3,7 +3,8 @@
 In later rounds the reference is the policy that the round begins with, or policy 0 still (`train.reference`).
 
 One line a pair: `id`, and under `chosen` and `rejected` one number a turn, the sum over the turn's tokens. The stage's
-key is made of the policy's weights, the pairs and the longest conversation, so stale numbers are never read.
+key is made of the policy's weights and precision, the pairs and the longest conversation, so stale numbers are never
+read.
 """
 
 import math
@@ -41,7 +42,8 @@ def main(config: Config) -> None:
 def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
     config = arm.config
     before = number - 1 if config.train.reference == "renewed" else 0
-    settings = {"max_length": config.model.max_length, "bf16": config.train.bf16}
+    settings = {name: getattr(config.model, name) for name in ("max_length", "load_in_4bit")}
+    settings["bf16"] = config.train.bf16
     inputs = {arm.made_by(before): arm.policy(env, seed, before), "pairs": arm.folder(env, seed, "pairs", number)}
     with runs.stage(arm.folder(env, seed, "reference", number), settings=settings, inputs=inputs) as stage:
         if stage.done:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+from pipeline import qlora
 from pipeline.batches import Run, Side, check, collate, pad
 from pipeline.config import PreferenceConfig, TrainingConfig
 from pipeline.logprobs import turn_logprobs
@@ -57,7 +58,8 @@ def run_sft(
         Facts for the manifest: counts, seconds, speed, first and last loss.
 
     Raises:
-        ValueError: no examples, one without a token of the policy, or a batch size that the processes cannot share.
+        ValueError: no examples, one without a token of the policy, a batch size that the processes cannot share, or a
+            base in 4 bits under FSDP.
         RuntimeError: the loss is no number.
     """
     sides = [(Side(rendered=example),) for example in examples]
@@ -126,6 +128,7 @@ def reference_turn_logprobs(
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device).eval()
+    qlora.compute_as_autocast(model, bf16=uses_bf16(config))
     rows = [Side(rendered=rendered) for pair in pairs for rendered in pair]
     longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].rendered.ids))
     batches = [
@@ -191,8 +194,14 @@ def _train(
     name: str,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one."""
+    if qlora.is_in_4bit(model) and _uses_fsdp():
+        raise ValueError(
+            "FSDP does not share out weights in 4 bits (model.load_in_4bit); launch with pipeline/accelerate/ddp.yaml, "
+            "by which every GPU holds them all."
+        )
     transformers.utils.logging.disable_progress_bar()  # its bars for written files would tear the training's apart
     check(examples)
+    qlora.compute_as_autocast(model, bf16=uses_bf16(config))
     arguments = training_arguments(config, folder, seed)
     per_epoch = math.ceil(len(examples) / config.batch_size)
     run = Run(

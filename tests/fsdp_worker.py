@@ -19,10 +19,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from pipeline import training
-from pipeline.config import ModelConfig, PreferenceConfig
-from pipeline.methods import Discount
+from pipeline.config import ModelConfig
 from pipeline.models import add_lora, new_policy, save_policy
-from tests.training_worker import KINDS, PREFERENCE, SIZES, TEXTS, tiny_model, toy_pairs
+from tests.training_worker import SIZES, TEXTS, prefer, tiny_model, train_preference, train_sft
 
 CONFIG = Path(__file__).parent.parent / "pipeline" / "accelerate" / "fsdp.yaml"
 
@@ -49,10 +48,10 @@ def take_cpus_for_accelerators() -> None:
 
 def train_lora(folder: Path, **changes):
     """Preference training of an adapter."""
-    model = add_lora(tiny_model(), ModelConfig(lora_rank=4), seed=0)
-    pairs, config = toy_pairs(), PreferenceConfig(**PREFERENCE | changes)
-    reference = training.reference_turn_logprobs(model, pairs, config)
-    return model, training.run_preference(model, pairs, reference, Discount.DMPO, config, folder, seed=0)
+    return prefer(add_lora(tiny_model(), ModelConfig(lora_rank=4), seed=0), folder, **changes)
+
+
+KINDS = {"sft": train_sft, "preference": train_preference, "lora": train_lora}
 
 
 class KilledError(Exception):
@@ -102,7 +101,7 @@ def main(folder: Path) -> None:
     take_cpus_for_accelerators()
     gradients = look_at_gradients()
     tokenizer = new_policy(SIZES, TEXTS, seed=0)[1]
-    for kind, train in (KINDS | {"lora": train_lora}).items():
+    for kind, train in KINDS.items():
         for name, run in RUNS.items():
             place = folder / kind / name
             model, facts = run(train, place)

@@ -72,6 +72,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=700 decides"),
         (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=dpo has no gamma"),
         (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
+        (["model.load_in_4bit=true"], "load_in_4bit is of the frozen base of a LoRA policy; set model.lora_rank"),
         (["pairs.corruption=random"], "has no effect: pairs.corrupted is 0"),
         (["pairs.min_gap=0.1", "pairs.reward=success"], "has no effect: pairs.reward=success knows 0 and 1 alone"),
         (["pairs.min_turns=5", "pairs.max_turns=4"], "min_turns 5 is more than max_turns 4"),

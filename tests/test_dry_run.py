@@ -24,7 +24,7 @@ OF_THE_HUB = {path.stem: path for path in sorted(RECIPES.glob("*.yaml")) if load
 
 def local(recipe: str, *overrides: str):
     """A recipe with its model's configuration from the fixtures."""
-    return load(recipe, [f"model.path={CONFIGS / recipe.removesuffix('-lora')}", *overrides])
+    return load(recipe, [f"model.path={CONFIGS / recipe.removesuffix('-lora').removesuffix('-qlora')}", *overrides])
 
 
 def row(told: str, first: str) -> list[str]:

@@ -7,13 +7,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from pipeline import memory, training
+from pipeline import memory, qlora, training
 from pipeline.batches import Run, Side, collate
 from pipeline.config import ModelConfig, PreferenceConfig
 from pipeline.methods import Discount
-from pipeline.models import add_lora, read_sizes
+from pipeline.models import add_lora, load_policy, read_sizes
 from pipeline.objectives import PreferenceObjective
 from pipeline.rendering import Rendered
+from tests.tiny_policy import save_tiny_policy
 from tests.training_worker import PREFERENCE
 
 CONFIGS = Path(__file__).parent / "fixtures" / "model_configs"
@@ -61,6 +62,27 @@ def test_the_base_of_a_lora_policy_keeps_its_checkpoints_precision_on_a_gpu_alon
     sizes, config = read_sizes(CONFIGS / "llama2-7b", ModelConfig()), ModelConfig(lora_rank=8)
     assert memory.count(memory.build(sizes, config)).base_bytes == 2 * 6_738_415_616
     assert memory.count(memory.build(sizes, config, gpu=False)).base_bytes == 4 * 6_738_415_616
+
+
+def test_a_base_in_4_bits_is_counted_to_the_byte(tmp_path):
+    config = ModelConfig(lora_rank=4, load_in_4bit=True, max_length=512)
+    folder = save_tiny_policy(tmp_path, hidden_size=96)  # 96 x 96 weights are no whole number of groups
+    model, _ = load_policy(folder, config)
+    held = [weight for weight in model.parameters() if not weight.requires_grad]
+    for state in [weight.quant_state for weight in held if hasattr(weight, "quant_state")]:
+        held += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    measured = sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in held}.values())
+    counted = memory.count(memory.build(read_sizes(folder, config), config, gpu=False))
+    assert measured == counted.base_bytes
+    assert counted.total == model.num_parameters()
+
+
+def test_a_weight_in_4_bits_takes_about_half_a_byte():
+    assert qlora.bytes_of(4096 * 11008) / (4096 * 11008) == pytest.approx(0.5159, abs=1e-4)
+    sizes, config = read_sizes(CONFIGS / "llama2-7b", ModelConfig()), ModelConfig(lora_rank=8, load_in_4bit=True)
+    outside = 2 * 32000 * 4096 + 65 * 4096  # embedding, output layer and norms
+    expected = 2 * outside + 0.5159 * (6_738_415_616 - outside)
+    assert memory.count(memory.build(sizes, config)).base_bytes == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_mixture_multiplies_with_the_experts_a_token_is_sent_to():
@@ -138,6 +160,18 @@ def peak_of_a_step(model, bf16: bool, checkpointing: bool) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def test_the_peak_of_a_step_in_4_bits_is_near_what_is_said(tmp_path):
+    LlamaForCausalLM(SMALL).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = ModelConfig(lora_rank=4, load_in_4bit=True, max_length=512)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **qlora.loading())  # as on a GPU
+    model = add_lora(base, config, 0)
+    qlora.compute_as_autocast(model, bf16=True)
+    measured = peak_of_a_step(model, bf16=True, checkpointing=False)
+    shapes = memory.build(read_sizes(tmp_path, config), config)
+    said = memory.training(shapes, memory.kept(shapes, [(1, LENGTH)] * 2, bf16=True, checkpointing=False))
+    assert 0.85 < said.passing / measured < 1.15, (measured, said)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -1,8 +1,10 @@
 """Policies: made new, loaded, with LoRA, and saved."""
 
+import copy
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.tiny_policy import CORPUS, save_tiny_policy
 
 SIZES = ModelConfig(hidden=32, layers=2, heads=2, vocabulary=400, max_length=128)
 LORA = SIZES.model_copy(update={"lora_rank": 4})
+QLORA = LORA.model_copy(update={"load_in_4bit": True})
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
@@ -202,9 +205,10 @@ def test_lora_is_on_every_linear_layer_but_the_output(folder):
     assert not any("lm_head" in name for name in trainable)
 
 
-def test_reference_mode_is_the_base_model(folder):
-    base = load_policy(folder, SIZES)[0].eval()
-    model = trained(load_policy(folder, LORA)[0])
+@pytest.mark.parametrize("config", [LORA, QLORA], ids=["lora", "qlora"])
+def test_reference_mode_is_the_base_model(config, folder):
+    base = load_policy(folder, config.model_copy(update={"lora_rank": 0}))[0].eval()
+    model = trained(load_policy(folder, config)[0])
     with torch.no_grad():
         assert not torch.allclose(model(IDS).logits, base(IDS).logits)
         with reference_mode(model):
@@ -220,10 +224,37 @@ def test_the_seed_sets_the_adapter(folder):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+# ---- In 4 bits ----
+
+
+def test_the_layers_with_an_adapter_are_in_4_bits_and_no_others(folder):
+    model, _ = load_policy(folder, QLORA)
+    small = {name for name, weight in model.named_parameters() if weight.dtype == torch.uint8}
+    assert small == {name for name, _ in model.named_parameters() if name.endswith("_proj.base_layer.weight")}
+    assert len(small) == 2 * 7
+    assert {weight.dtype for name, weight in model.named_parameters() if name not in small} == {torch.float32}
+    assert model.num_parameters() == load_policy(folder, LORA)[0].num_parameters()
+
+
+def test_a_base_in_4_bits_is_close_to_the_base(folder):
+    rounded, base = (load_policy(folder, config)[0].eval() for config in (QLORA, LORA))
+    with torch.no_grad():
+        difference = (rounded(IDS).logits.log_softmax(-1) - base(IDS).logits.log_softmax(-1)).abs().max()
+    assert 1e-3 < difference < 0.2
+
+
+def test_4_bits_without_bitsandbytes_are_refused_with_what_installs_it(folder, monkeypatch):
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    (pin,) = extras["optional-dependencies"]["qlora"]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=rf"load_in_4bit needs bitsandbytes, .*: python -m pip install {pin}$"):
+        load_policy(folder, QLORA)
+
+
 # ---- Save ----
 
 
-@pytest.mark.parametrize("config", [SIZES, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("config", [SIZES, LORA, QLORA], ids=["full", "lora", "qlora"])
 def test_a_saved_policy_is_the_policy(config, folder, tmp_path):
     model, tokenizer = load_policy(folder, config)
     trained(model)
@@ -237,8 +268,20 @@ def test_a_saved_policy_is_the_policy(config, folder, tmp_path):
             saved(IDS).logits.log_softmax(-1), model(IDS).logits.log_softmax(-1), rtol=1e-4, atol=1e-5
         )
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template == tokenizer.chat_template
-    assert (tmp_path / "policy/adapter/adapter_model.safetensors").exists() == (config is LORA)
-    assert json.loads((tmp_path / "policy/config.json").read_text())["use_cache"] is True
+    assert (tmp_path / "policy/adapter/adapter_model.safetensors").exists() == (config.lora_rank > 0)
+    written = json.loads((tmp_path / "policy/config.json").read_text())
+    assert written["use_cache"] is True
+    assert "quantization_config" not in written
+
+
+def test_what_a_saved_policy_in_4_bits_must_not_be_would_be_seen(folder):
+    """peft by itself quantises again what it has merged."""
+    model = trained(load_policy(folder, QLORA)[0])
+    with pytest.warns(UserWarning, match="Merge lora module to 4-bit linear"):
+        again = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        difference = (again(IDS).logits.log_softmax(-1) - model(IDS).logits.log_softmax(-1)).abs().max()
+    assert difference > 1e-2
 
 
 def test_saving_replaces_the_folder_whole(folder, tmp_path):

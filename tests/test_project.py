@@ -20,7 +20,8 @@ def test_environment_yml_pins_what_pyproject_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
-    assert sorted(pip) == sorted(project["dependencies"] + project["optional-dependencies"]["gpu"])
+    extras = project["optional-dependencies"]
+    assert sorted(pip) == sorted(project["dependencies"] + extras["gpu"] + extras["qlora"])
 
 
 def test_every_requirement_is_pinned():

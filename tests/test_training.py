@@ -33,6 +33,7 @@ from tests.training_worker import (
     toy_pairs,
     toy_trajectories,
     train_preference,
+    train_qlora,
     train_sft,
 )
 
@@ -158,8 +159,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path):
         alone, _ = train(tmp_path / "alone" / kind)
         found = torch.load(tmp_path / f"{kind}.pt")
         assert found["facts"]["processes"] == 2
-        together = tiny_model()
-        together.load_state_dict(found["weights"])
+        together = SimpleNamespace(state_dict=lambda weights=found["weights"]: weights)
         assert_same_run(alone, together, tmp_path / "alone" / kind, tmp_path / kind, rtol=1e-3, atol=1e-4)
     for rank in (0, 1):
         assert (
@@ -311,9 +311,10 @@ def _turn_logprobs(model, rendered: Rendered) -> torch.Tensor:
     return sums
 
 
+@pytest.mark.parametrize("train", [train_preference, train_qlora])
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 2e-3)])
-def test_training_starts_at_the_reference(bf16, tolerance, tmp_path):
-    train_preference(tmp_path, bf16=bf16, micro_batch_size=4)
+def test_training_starts_at_the_reference(train, bf16, tolerance, tmp_path):
+    train(tmp_path, bf16=bf16, micro_batch_size=4)
     first = log_of(tmp_path)[0]
     assert first["loss"] == pytest.approx(LN2, abs=tolerance)
     assert first["margin"] == pytest.approx(0, abs=tolerance)
@@ -419,6 +420,13 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         training.run_preference(tiny_model(), pairs, reference, Discount.DMPO, config, tmp_path, seed=0)
 
 
+def test_a_base_in_4_bits_is_not_shared_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = SimpleNamespace(is_loaded_in_4bit=True)
+    with pytest.raises(ValueError, match=r"FSDP does not share out weights in 4 bits .*launch with .*/ddp\.yaml"):
+        training.run_sft(model, toy_trajectories(), SftConfig(**SFT), tmp_path, seed=0)
+
+
 # ---- What a run leaves behind ----
 
 
@@ -451,7 +459,7 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(tmp_path):
         cwd=Path(__file__).parents[1],
         env=os.environ | fsdp_worker.environment() | {"OMP_NUM_THREADS": "1"},
     )
-    for kind, train in (KINDS | {"lora": fsdp_worker.train_lora}).items():
+    for kind, train in fsdp_worker.KINDS.items():
         for name in fsdp_worker.RUNS:
             alone, folder = tmp_path / "alone" / kind / name, tmp_path / kind / name
             model, _ = train(alone, bf16=name == "bf16", save_steps=2)

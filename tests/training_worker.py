@@ -9,11 +9,12 @@ import torch
 from pipeline import training
 from pipeline.config import ModelConfig, PreferenceConfig, SftConfig
 from pipeline.methods import Discount
-from pipeline.models import new_policy
+from pipeline.models import load_policy, new_policy, save_policy
 from pipeline.rendering import Rendered
 
 TEXTS = ["open the door to the kitchen", "pour water into the metal pot", "focus on the thermometer", "look around"]
 SIZES = ModelConfig(hidden=32, layers=2, heads=2, vocabulary=300, max_length=128)
+QLORA = ModelConfig(lora_rank=4, load_in_4bit=True, max_length=128)
 SFT = {"batch_size": 8, "micro_batch_size": 8, "epochs": 2, "learning_rate": 3e-3, "bf16": False}
 PREFERENCE = SFT | {"learning_rate": 1e-3, "gamma": 0.7, "beta": 0.1}
 
@@ -21,6 +22,12 @@ PREFERENCE = SFT | {"learning_rate": 1e-3, "gamma": 0.7, "beta": 0.1}
 def tiny_model():
     """A model of 30,000 weights, always the same."""
     return new_policy(SIZES, TEXTS, seed=0)[0]
+
+
+def tiny_qlora_model(folder: Path):
+    """The same with an adapter on it and its own weights in 4 bits; it takes the way over a checkpoint in `folder`."""
+    save_policy(*new_policy(SIZES, TEXTS, seed=0), folder)
+    return load_policy(folder, QLORA)[0]
 
 
 def toy_trajectory(turns: int, generator: random.Random, pool: range = range(10, 290)) -> Rendered:
@@ -58,12 +65,22 @@ def train_sft(folder: Path, **changes):
 
 def train_preference(folder: Path, **changes):
     """Train a tiny model; returns it and the facts."""
-    model, pairs, config = tiny_model(), toy_pairs(), PreferenceConfig(**PREFERENCE | changes)
+    return prefer(tiny_model(), folder, **changes)
+
+
+def train_qlora(folder: Path, **changes):
+    """Train an adapter on a tiny model in 4 bits; returns it and the facts."""
+    return prefer(tiny_qlora_model(folder / "base"), folder, **changes)
+
+
+def prefer(model, folder: Path, **changes):
+    """Train a model on the toy pairs; returns it and the facts."""
+    pairs, config = toy_pairs(), PreferenceConfig(**PREFERENCE | changes)
     reference = training.reference_turn_logprobs(model, pairs, config)
     return model, training.run_preference(model, pairs, reference, Discount.DMPO, config, folder, seed=0)
 
 
-KINDS = {"sft": train_sft, "preference": train_preference}
+KINDS = {"sft": train_sft, "preference": train_preference, "qlora": train_qlora}
 
 
 def main(folder: Path) -> None:
