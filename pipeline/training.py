@@ -31,6 +31,7 @@ from pipeline.losses import discount
 from pipeline.methods import Discount
 from pipeline.models import reference_mode
 from pipeline.objectives import PreferenceObjective, SftObjective
+from pipeline.precision import multiplies_bf16
 from pipeline.records import JsonlAppender, read_jsonl
 from pipeline.rendering import Rendered
 from pipeline.training_log import LOG, Window, callbacks, open_log, scalars
@@ -144,12 +145,7 @@ def reference_turn_logprobs(
 
 def uses_bf16(config: TrainingConfig) -> bool:
     """Whether autocast computes in bfloat16: as configured, else where the hardware multiplies in it."""
-    if config.bf16 is not None:
-        return config.bf16
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return multiplies_bf16() if config.bf16 is None else config.bf16
 
 
 def drop_checkpoints(folder: Path) -> None:
