@@ -9,6 +9,7 @@ it and in float32 elsewhere, each in a process of its own, one after the
 other; DPO's loss, so that all compute the same. The first training of one step is a warm-up, the second is timed.
 
     ours        `pipeline.training.run_preference`, as the stage `train` runs it
+    padded      the same on padded rows, chosen and rejected apart in all (pipeline/packing.py left out)
     TRL         DPOTrainer with what makes it fastest here: reference log-probs precomputed, its fused output layer,
                 no gradient checkpointing
     official    as the DMPO and ETO scripts do: policy and reference forward in every step, chosen and rejected padded
@@ -24,6 +25,7 @@ and activations.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -34,15 +36,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from envs.processes import fresh_processes
+from pipeline import training
 from pipeline.config import PreferenceConfig
 from pipeline.methods import Discount
 from pipeline.precision import multiplies_bf16
@@ -199,6 +203,12 @@ def ours(case: Case) -> Measured:
         peak_mib=peak(),
         loss=facts["first_loss"],
     )
+
+
+def padded(case: Case) -> Measured:
+    """Ours without packing."""
+    with mock.patch.object(training, "packed_attention", return_value=contextlib.nullcontext()):
+        return replace(ours(case), side="padded")
 
 
 def trl(case: Case) -> Measured:
@@ -366,7 +376,9 @@ def peak_memory() -> Iterator[Callable[[], float]]:
         thread.join()
 
 
-SIDES: dict[str, Callable[[Case], Measured]] = {"ours": ours, "TRL": trl, "official": official, "floor": floor}
+SIDES: dict[str, Callable[[Case], Measured]] = {
+    "ours": ours, "padded": padded, "TRL": trl, "official": official, "floor": floor
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()
