@@ -2,12 +2,12 @@
 
     python -m benchmarks.concurrent_episodes --env alfworld [--episodes 1 16 64 256] [--processes 2] [--json FILE]
 
-For each number so many sessions of an `EnvPool` are open together. Each begins a task of its own and takes the first
-`--steps` actions of our expert's solution; no session takes its next action before all took this one, so that all are
-alive. Then each begins another task, `--rounds` times in all.
+For each number so many sessions of an `EnvPool` are open together. Each begins a task of its own (as far as the expert
+solves so many) and takes the first `--steps` actions of its solution; no session takes its next action before all took
+this one, so that all are alive. Then each begins another task, `--rounds` times in all.
 
     MiB        what the workers and their children (the JVM) hold at last; what they share counts once (PSS)
-    MiB each   what each episode more than in the row before added
+    MiB each   what each episode more than in the row before added, where both rows have all processes
     grown      MiB that came after the first round: what a longer run would add to
     steps/s    by the clock; and per second of the workers' and children's processor time
     answered   sessions whose every observation was the one that the expert got when it played alone
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, nargs="+", default=[1, 16, 64, 256], help="how many at once")
     parser.add_argument("--processes", type=int, default=2, help="worker processes they share")
     parser.add_argument("--steps", type=int, default=5, help="actions of each episode")
-    parser.add_argument("--rounds", type=int, default=3, help="episodes that each session plays")
+    parser.add_argument("--rounds", type=int, default=2, help="episodes that each session plays")
     parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="of the environment's section")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
@@ -52,12 +52,17 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for number in args.episodes:
-        row = asyncio.run(_measure(args.env, settings, plans, number, args.processes, args.rounds))
-        before = rows[-1] if rows else {"episodes": 0, "MiB": 0.0}
-        row["MiB each"] = (row["MiB"] - before["MiB"]) / max(number - before["episodes"], 1)
+        try:
+            row = asyncio.run(_measure(args.env, settings, plans, number, args.processes, args.rounds))
+        except EnvironmentFailure as failure:
+            print(f"{number:>8}  {failure}", flush=True)
+            continue
+        if rows and number > rows[-1]["episodes"] >= args.processes:
+            row["MiB each"] = (row["MiB"] - rows[-1]["MiB"]) / (number - rows[-1]["episodes"])
         rows.append(row)
+        each = f"{row['MiB each']:.2f}" if "MiB each" in row else ""
         print(
-            f"{number:>8}{row['MiB']:>9,.0f}{row['MiB each']:>10.1f}{row['grown']:>8.0f}{row['steps/s']:>9.1f}"
+            f"{number:>8}{row['MiB']:>9,.0f}{each:>10}{row['grown']:>8.0f}{row['steps/s']:>9.1f}"
             f"{row['per CPU s']:>11.1f}{row['answered']:>10}",
             *row["failures"],
             flush=True,
@@ -67,9 +72,9 @@ def main() -> None:
 
 
 def _plans(name: str, settings: dict[str, str], episodes: int, processes: int, steps: int) -> Plans:
-    """The beginnings of solutions, for some more tasks than episodes: not all have a solution."""
+    """The beginnings of solutions, of as many tasks as episodes, less those without one."""
     with fresh_processes(processes) as pool:
-        tasks = pool.submit(_tasks, name, settings, episodes + episodes // 4).result()
+        tasks = pool.submit(_tasks, name, settings, episodes).result()
         parts = [tasks[place::processes] for place in range(processes)]
         jobs = [pool.submit(_solve, name, settings, part, steps) for part in parts]
         return {task: plan for job in jobs for task, plan in job.result().items()}

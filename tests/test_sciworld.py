@@ -385,6 +385,16 @@ class TestSimulator:
         two.close()
         wait_gone([pid])
 
+    def test_a_full_heap_is_named(self, monkeypatch):
+        monkeypatch.setattr(Jvm, "_shared", None)
+        with ScienceWorld(Settings(heap_mb=128)) as small:
+            java = small._jvm.gateway
+            with (
+                pytest.raises(RuntimeError, match=r"ran out of its 128 MB with 1 .*env.sciworld.heap_mb"),
+                small._jvm.turn(small._server, "big"),
+            ):
+                java.new_array(java.jvm.byte, 2**28)
+
 
 @pytest.mark.java
 @pytest.mark.slow
