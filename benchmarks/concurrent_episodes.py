@@ -23,7 +23,10 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 import envs
+from benchmarks.environment_steps import settings_of
 from benchmarks.process_tree import below, cpu_seconds, resident_mib
 from envs.pool import EnvironmentFailure, EnvPool, Session
 from envs.processes import fresh_processes
@@ -44,8 +47,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
 
-    settings = dict(setting.split("=", 1) for setting in args.settings)
-    plans = _plans(args.env, settings, max(args.episodes), args.processes, args.steps)
+    most = max(args.episodes)
+    settings = settings_of(args.env, most, **dict(setting.split("=", 1) for setting in args.settings))
+    plans = _plans(args.env, settings, most, args.processes, args.steps)
     print(
         f"{'episodes':>8}{'MiB':>9}{'MiB each':>10}{'grown':>8}{'steps/s':>9}{'per CPU s':>11}{'answered':>10}",
         flush=True,
@@ -71,44 +75,42 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _plans(name: str, settings: dict[str, str], episodes: int, processes: int, steps: int) -> Plans:
+def _plans(name: str, settings: BaseModel, episodes: int, processes: int, steps: int) -> Plans:
     """The beginnings of solutions, of as many tasks as episodes, less those without one."""
+    with fresh_processes(1) as process:
+        tasks = process.submit(_tasks, name, settings, episodes, processes).result()
     with fresh_processes(processes) as pool:
-        tasks = pool.submit(_tasks, name, settings, episodes).result()
         parts = [tasks[place::processes] for place in range(processes)]
         jobs = [pool.submit(_solve, name, settings, part, steps) for part in parts]
         return {task: plan for job in jobs for task, plan in job.result().items()}
 
 
-def _tasks(name: str, settings: dict[str, str], number: int) -> list[str]:
+def _tasks(name: str, settings: BaseModel, number: int, processes: int) -> list[str]:
     from pipeline.jobs import spread
 
-    with _environment(name, settings) as env:
-        return spread(env.tasks("train"), number, env.kind)
+    envs.load(name).prepare(settings, processes)
+    with envs.load(name)(settings) as env:
+        chosen = spread(env.tasks("train"), number, env.kind)
+    return chosen
 
 
-def _solve(name: str, settings: dict[str, str], tasks: Iterable[str], steps: int) -> Plans:
+def _solve(name: str, settings: BaseModel, tasks: Iterable[str], steps: int) -> Plans:
     plans: Plans = {}
-    with _environment(name, settings) as env:
+    with envs.load(name)(settings) as env:
         for task in tasks:
             with contextlib.suppress(envs.NoSolutionError):
                 plans[task] = [(step.action, step.observation) for step in env.expert(task)[:steps]]
     return plans
 
 
-def _environment(name: str, settings: dict[str, str]) -> Any:
-    env = envs.load(name)
-    return env(env.Settings(**settings))
-
-
 async def _measure(
-    name: str, settings: dict[str, str], plans: Plans, episodes: int, processes: int, rounds: int
+    name: str, settings: BaseModel, plans: Plans, episodes: int, processes: int, rounds: int
 ) -> dict[str, Any]:
     """The row of so many episodes."""
     env, workers, tasks = envs.load(name), min(processes, episodes), list(plans)
     played, memory = [], []
     async with (
-        EnvPool(env, env.Settings(**settings), workers=workers, slots=-(-episodes // workers)) as pool,
+        EnvPool(env, settings, workers=workers, slots=-(-episodes // workers)) as pool,
         contextlib.AsyncExitStack() as stack,
     ):
         sessions = [await stack.enter_async_context(pool.session()) for _ in range(episodes)]

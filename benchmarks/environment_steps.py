@@ -18,6 +18,7 @@ environment (PSS), `solved` how many tasks the actions solved.
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Ours:
     """An environment of this project."""
 
     def __init__(self, name: str, tasks: int) -> None:
-        self._env = envs.load(name)(_settings(name, tasks))
+        self._env = envs.load(name)(settings_of(name, tasks))
 
     def reset(self, task: str) -> str:
         """See `Side`."""
@@ -91,7 +92,7 @@ class AlfWorldPackage:
 
         from envs.alfworld import tree
 
-        self._root = tree(_settings(name, tasks))[0] / "train"
+        self._root = tree(settings_of(name, tasks))[0] / "train"
         config = {
             "dataset": {"data_path": str(self._root), "num_train_games": 0},
             "env": {
@@ -166,9 +167,10 @@ def _compare(name: str, tasks: int) -> dict[str, dict[str, float]]:
     return table
 
 
-def _settings(name: str, tasks: int) -> Any:
-    """An environment's defaults; AlfredTWEnv plays all games of a tree, which has therefore no more than are wanted."""
-    return envs.load(name).Settings(**({"train_games": tasks} if name == "alfworld" else {}))
+def settings_of(name: str, tasks: int, **given: str) -> Any:
+    """An environment's settings for so many training tasks; no more of ALFWorld's games are made than needed."""
+    few = {"train_games": tasks, "seen_games": 1, "unseen_games": 1}
+    return envs.load(name).Settings(**({**few, **given} if name == "alfworld" else given))
 
 
 def _plan(folder: str, name: str, tasks: int) -> Plans:
@@ -176,8 +178,9 @@ def _plan(folder: str, name: str, tasks: int) -> Plans:
     from pipeline.jobs import spread  # here, so that no side's memory holds it
 
     os.chdir(Path(folder))
+    Path("data").mkdir()
     plans: Plans = {}
-    with envs.load(name)(_settings(name, tasks)) as env:
+    with envs.load(name)(settings_of(name, tasks)) as env:
         for task in spread(env.tasks("train"), tasks, env.kind):
             try:
                 plans[task] = [step.action for step in env.expert(task)]
@@ -192,7 +195,8 @@ _side: Side
 
 def _open(folder: str, name: str, side: str, tasks: int) -> None:
     global _side
-    os.chdir(tempfile.mkdtemp(dir=folder))  # where games and translations are kept
+    os.chdir(tempfile.mkdtemp(dir=folder))
+    shutil.copytree(Path(folder, "data"), "data", ignore=shutil.ignore_patterns("translations"))
     _side = Ours(name, tasks) if side == "ours" else PACKAGES[name](name, tasks)
 
 
