@@ -89,9 +89,8 @@ def _tasks(name: str, settings: BaseModel, number: int, processes: int) -> list[
     from pipeline.jobs import spread
 
     envs.load(name).prepare(settings, processes)
-    with envs.load(name)(settings) as env:
-        chosen = spread(env.tasks("train"), number, env.kind)
-    return chosen
+    with contextlib.closing(envs.load(name)(settings)) as env:
+        return spread(env.tasks("train"), number, env.kind)
 
 
 def _solve(name: str, settings: BaseModel, tasks: Iterable[str], steps: int) -> Plans:
