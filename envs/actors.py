@@ -34,6 +34,11 @@ except ModuleNotFoundError as error:
 CONNECTING_SECONDS = 10.0
 """How long a cluster may take to pick up."""
 
+NEEDED = (
+    "Every node needs the project, its packages and its data under the path that they have on this machine, as on a "
+    "shared file system."
+)
+
 
 def connect() -> None:
     """Attach to the cluster that `RAY_ADDRESS` names, else to the one running here, else start one of this machine.
@@ -48,7 +53,8 @@ def connect() -> None:
         if address is not None:
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), CONNECTING_SECONDS).close()
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        own = {} if address else {"worker_niceness": 0}  # 15 by default: behind everything else on this machine
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", _system_config=own)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         where = os.environ.get("RAY_ADDRESS") or "the address of the last `ray start` here"
         raise ValueError(
@@ -65,14 +71,7 @@ class Actor:
         try:
             os.chdir(folder)
         except OSError:
-            return packed(
-                Answer(
-                    error=ValueError(
-                        f"The Ray node {platform.node()} has no folder {folder}. Every node needs the project and its "
-                        "data under the path that they have on this machine, as on a shared file system."
-                    )
-                )
-            )
+            return packed(Answer(error=ValueError(f"The Ray node {platform.node()} has no folder {folder}. {NEEDED}")))
         path, where, settings = greeting
         sys.path += [entry for entry in path if entry not in sys.path]
         self._host = Host(where, settings)
@@ -111,6 +110,8 @@ class ActorLink:
         try:
             answer: Answer = pickle.loads(await getattr(self._actor, method).remote(*args))
         except RayActorError as error:
+            if error.actor_init_failed:
+                raise ValueError(f"A Ray node cannot load this project ({_cause(error)}). {NEEDED}") from None
             raise EOFError(str(error)) from error
         return answer
 
@@ -135,4 +136,4 @@ class ActorLink:
 
 def _cause(error: Exception) -> str:
     """What Ray says of an actor's end, without who it was and without guesses."""
-    return str(error).splitlines()[-1].partition(" Some common causes")[0]
+    return str(error).strip().splitlines()[-1].partition(" Some common causes")[0]
