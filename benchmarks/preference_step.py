@@ -1,14 +1,17 @@
 """Pairs per CPU second and peak memory of preference training: ours, TRL's, the official recipe's way, and the floor.
 
     pip install trl==1.16.0
-    python -m benchmarks.preference_step [--lengths 500 1000 2000 4000] [--vocabularies 3000 32000 128000] [--json FILE]
+    python -m benchmarks.preference_step [--lengths 500 1000 2000 4000] [--vocabularies 3000 32000 128000]
+        [--micro 2] [--json FILE]
 
-All sides train the same new Llama on the same pairs in the same batches, each in a process of its own, one after the
+All sides train the same new Llama on the same pairs in the same batches, in bfloat16 where the machine multiplies in
+it and in float32 elsewhere, each in a process of its own, one after the
 other; DPO's loss, so that all compute the same. The first training of one step is a warm-up, the second is timed.
 
     ours        `pipeline.training.run_preference`, as the stage `train` runs it
+    padded      the same on padded rows, chosen and rejected apart in all (pipeline/packing.py left out)
     TRL         DPOTrainer with what makes it fastest here: reference log-probs precomputed, its fused output layer,
-                bf16, no gradient checkpointing, micro-batches of two pairs
+                no gradient checkpointing
     official    as the DMPO and ETO scripts do: policy and reference forward in every step, chosen and rejected padded
                 to one length, log-softmax in float32 over the whole vocabulary at every position
     floor       the matrix products and the attention of the step alone, forward and backward, on unpadded rows, the
@@ -22,6 +25,7 @@ and activations.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -32,21 +36,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from envs.processes import fresh_processes
+from pipeline import training
 from pipeline.config import PreferenceConfig
 from pipeline.methods import Discount
+from pipeline.precision import multiplies_bf16
 from pipeline.rendering import Rendered
 from pipeline.training import reference_turn_logprobs, run_preference
 
-BATCH, MICRO, STEPS = 4, 2, 3
+BATCH, STEPS = 4, 3
 PROMPT, TURN, POLICY = 0.15, 150, 32
 """Share of a trajectory that is prompt, tokens of a turn with its observation, and the policy's among them: measured on
 ScienceWorld's experts, of whose tokens 21 % are the policy's."""
@@ -61,6 +68,8 @@ class Case:
     vocabulary: int
     hidden: int
     layers: int
+    micro: int
+    """Pairs of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,9 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[3000, 32000, 128000])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument(
+        "--micro", type=int, default=2, choices=(1, 2, 4), help="pairs of one; with 1 nothing is padded"
+    )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--memory", type=float, default=12.0, metavar="GIB", help="most that a side may take")
     parser.add_argument("--json", type=Path)
@@ -90,7 +102,8 @@ def main() -> None:
     print(f"{'tokens':>7}{'vocabulary':>11}  {'side':10}{'pairs/s':>9}{'ours is':>9}{'peak MiB':>10}{'ours is':>9}")
     for vocabulary in options.vocabularies:
         for length in options.lengths:
-            case = Case(length=length, vocabulary=vocabulary, hidden=options.hidden, layers=options.layers)
+            sizes = {"hidden": options.hidden, "layers": options.layers, "micro": options.micro}
+            case = Case(length=length, vocabulary=vocabulary, **sizes)
             measured = [_apart(side, case, options.memory) for side in options.sides]
             show(case, measured)
             rows += [asdict(case) | asdict(one) for one in measured]
@@ -174,7 +187,7 @@ def ours(case: Case) -> Measured:
     """`run_preference`, reference log-probs computed beforehand."""
     pairs, model = make_pairs(case), make_model(case)
     config = PreferenceConfig(
-        learning_rate=1e-6, batch_size=BATCH, micro_batch_size=MICRO, epochs=1, save_steps=1000, bf16=True
+        learning_rate=1e-6, batch_size=BATCH, micro_batch_size=case.micro, epochs=1, save_steps=1000
     )
     with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
         reference = reference_turn_logprobs(model, pairs, config)
@@ -190,6 +203,12 @@ def ours(case: Case) -> Measured:
         peak_mib=peak(),
         loss=facts["first_loss"],
     )
+
+
+def padded(case: Case) -> Measured:
+    """Ours without packing."""
+    with mock.patch.object(training, "packed_attention", return_value=contextlib.nullcontext()):
+        return replace(ours(case), side="padded")
 
 
 def trl(case: Case) -> Measured:
@@ -217,15 +236,15 @@ def trl(case: Case) -> Measured:
         for steps in (1, STEPS):
             arguments = DPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=MICRO,
-                gradient_accumulation_steps=BATCH // MICRO,
+                per_device_train_batch_size=case.micro,
+                gradient_accumulation_steps=BATCH // case.micro,
                 max_steps=steps,
                 learning_rate=1e-6,
                 beta=0.1,
                 max_length=None,
                 precompute_ref_log_probs=True,
                 gradient_checkpointing=False,
-                bf16=True,
+                bf16=multiplies_bf16(),
                 use_cpu=True,
                 dataloader_pin_memory=False,
                 save_strategy="no",
@@ -258,7 +277,7 @@ def official(case: Case) -> Measured:
         for row, rendered in enumerate(rows):
             ids[row, : len(rendered.ids)] = torch.tensor(rendered.ids)
             turn_index[row, : len(rendered.ids)] = torch.tensor(rendered.turn_index)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
             with torch.no_grad():
                 before = logprobs(reference, ids, turn_index)
             ratio = logprobs(policy, ids, turn_index) - before
@@ -271,8 +290,8 @@ def official(case: Case) -> Measured:
         first = math.nan
         for step in range(steps):
             total = 0.0
-            for start in range(step * BATCH, (step + 1) * BATCH, MICRO):
-                loss = micro_loss(pairs[start : start + MICRO])
+            for start in range(step * BATCH, (step + 1) * BATCH, case.micro):
+                loss = micro_loss(pairs[start : start + case.micro])
                 loss.backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -294,7 +313,7 @@ def floor(case: Case) -> Measured:
     rows = [side for pair in make_pairs(case) for side in pair]
     hidden, width, heads = case.hidden, 3 * case.hidden, case.hidden // 64
     seconds = 0.0
-    for batch in (rows[start : start + 2 * MICRO] for start in range(0, len(rows), 2 * MICRO)):
+    for batch in (rows[start : start + 2 * case.micro] for start in range(0, len(rows), 2 * case.micro)):
         tokens = sum(len(row.ids) for row in batch)
         trained = sum(row.trained_tokens for row in batch)
         seconds += case.layers * sum(
@@ -308,16 +327,20 @@ def floor(case: Case) -> Measured:
 
 def _product(tokens: int, inputs: int, outputs: int) -> float:
     """Seconds of a linear layer's three products."""
-    x, w = (torch.randn(*shape, dtype=torch.bfloat16) for shape in ((tokens, inputs), (outputs, inputs)))
-    grad = torch.randn(tokens, outputs, dtype=torch.bfloat16)
+    x, w = (torch.randn(*shape, dtype=_dtype()) for shape in ((tokens, inputs), (outputs, inputs)))
+    grad = torch.randn(tokens, outputs, dtype=_dtype())
     return _best(lambda: (x @ w.T, grad @ w, grad.T @ x))
 
 
 def _attention(length: int, heads: int) -> float:
     """Seconds of one row's causal attention, forward and backward."""
-    q, k, v = (torch.randn(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    grad = torch.randn(1, heads, length, 64, dtype=torch.bfloat16)
+    q, k, v = (torch.randn(1, heads, length, 64, dtype=_dtype(), requires_grad=True) for _ in range(3))
+    grad = torch.randn(1, heads, length, 64, dtype=_dtype())
     return _best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad))
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 def _best(work: Callable[[], Any]) -> float:
@@ -353,7 +376,9 @@ def peak_memory() -> Iterator[Callable[[], float]]:
         thread.join()
 
 
-SIDES: dict[str, Callable[[Case], Measured]] = {"ours": ours, "TRL": trl, "official": official, "floor": floor}
+SIDES: dict[str, Callable[[Case], Measured]] = {
+    "ours": ours, "padded": padded, "TRL": trl, "official": official, "floor": floor
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

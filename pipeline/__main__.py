@@ -26,6 +26,7 @@ TOOLS = {
     "replay": "recorded episodes through their environment again, comparing",
     "rounds": "how often a recipe explores, pairs and trains",
     "splits": "how many tasks each split has, and how many any two of them share",
+    "tables": "the episodes of several runs in one set of tables, as of seeds run on several machines",
 }
 
 

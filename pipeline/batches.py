@@ -51,8 +51,8 @@ class Placed(NamedTuple):
 def collate(places: Sequence[Placed]) -> dict[str, Any]:
     """Pad a micro-batch on the right, each side to its own longest sequence.
 
-    No attention mask: behind right padding a causal model's real tokens see no padded one, and without a mask attention
-    takes its fast path. Padding has id 0, turn -1, log-prob and weight 0.
+    Padding has id 0, mask 0, turn -1, log-prob and weight 0; it only brings rows into one tensor, and where the model
+    allows it is not computed (`pipeline/packing.py`).
 
     Worked example, two pairs, sides A/B and C/D, of a step of four pairs:
 
@@ -72,8 +72,8 @@ def collate(places: Sequence[Placed]) -> dict[str, Any]:
                          weights     [[ 1.0, 0.0], [ 1.0, 0.5]]
 
     Returns:
-        `weight` [P] and `sides`, for each a dict of `input_ids` [P, L], `turn_index` [P, L], `reference` [P, T] and
-        `weights` [P, T]; the last two are [P, 0] where the objective needs none.
+        `weight` [P] and `sides`, for each a dict of `input_ids`, `attention_mask` and `turn_index` [P, L], `reference`
+        and `weights` [P, T]; the last two are [P, 0] where the objective needs none.
     """
     return {
         "weight": torch.tensor([place.weight for place in places]),
@@ -89,6 +89,7 @@ def pad(sides: Sequence[Side]) -> dict[str, Tensor]:
 
     return {
         "input_ids": padded((side.rendered.ids for side in sides), 0, torch.long),
+        "attention_mask": padded(([1] * len(side.rendered.ids) for side in sides), 0, torch.long),
         "turn_index": padded((side.rendered.turn_index for side in sides), -1, torch.long),
         "reference": padded((side.reference for side in sides), 0.0, torch.float32),
         "weights": padded((side.weights for side in sides), 0.0, torch.float32),

@@ -394,6 +394,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _room_for_worlds(self) -> "Config":
+        if "sciworld" in self.env.names:
+            self.env.sciworld.check_heap(self.workers.slots)
+        return self
+
+    @model_validator(mode="after")
     def _whole_arms(self) -> "Config":
         for name, keys in self.arms.items():
             if name in {"random", "expert", "sft", *self.method}:

@@ -265,11 +265,11 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
     title = "Memory of each GPU in GB (10^9 bytes)"
     table = Table(*columns, f"of {gpu.memory / 1e9:.0f}", title=title, title_justify="left", show_edge=False)
 
-    def add(stage: str, sides: Sequence[tuple[int, int]], where: str, said: memory.Training) -> None:
+    def add(stage: str, rows: int, lengths: Sequence[int], where: str, said: memory.Training) -> None:
         parts = (said.weights, said.gradients, said.optimizer, said.passing, said.total)
-        lengths = f"{sides[0][0]} x " + " + ".join(f"{length}" for _, length in sides)
+        told = f"{rows} x " + " + ".join(map(str, lengths))
         verdict = "fits" if said.total < USABLE * gpu.memory else "does NOT fit"
-        table.add_row(stage, lengths, where, *(f"{part / 1e9:.1f}" for part in parts), verdict)
+        table.add_row(stage, told, where, *(f"{part / 1e9:.1f}" for part in parts), verdict)
 
     alone = "each GPU (DDP)" if gpus > 1 else "the GPU"
     for stage, model, section, lengths in (
@@ -277,14 +277,12 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
         ("train", policy, config.train, longest_pair),
     ):
         rows, bf16 = _micro_batch(section, gpus), section.bf16 is not False
-        sides = [(rows, length) for length in lengths]
-        padded = [(rows, -(-length // 64) * 64) for length in lengths]
-        kept = memory.kept(model, padded, bf16=bf16, checkpointing=section.gradient_checkpointing)
+        kept = memory.kept(model, lengths, rows=rows, bf16=bf16, checkpointing=section.gradient_checkpointing)
         if stage == "train":
-            add("reference", [(section.micro_batch_size, max(lengths))], "each GPU", memory.scoring(model, kept))
-        add(stage, sides, alone, memory.training(model, kept, gpus=gpus))
+            add("reference", section.micro_batch_size, lengths, "each GPU", memory.scoring(model, kept))
+        add(stage, rows, lengths, alone, memory.training(model, kept, gpus=gpus))
         if gpus > 1:
-            add(stage, sides, "all GPUs (FSDP)", memory.training(model, kept, gpus=gpus, sharded=True))
+            add(stage, rows, lengths, "all GPUs (FSDP)", memory.training(model, kept, gpus=gpus, sharded=True))
     return table
 
 

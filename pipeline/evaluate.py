@@ -25,9 +25,10 @@ def main(config: Config) -> None:
     jobs.run(wanted)
     inputs = {"/".join(job.folder.parts[-5:]): job.folder for job in wanted}
     with runs.stage(config.folder / "evaluate", settings={}, inputs=inputs) as stage:
-        if not stage.done or not all((config.folder / name).is_file() for name in ("rewards.csv", card.CARD)):
+        written = [config.folder / name for name in ("episodes.csv", "rewards.csv", card.CARD)]
+        if not stage.done or not all(path.is_file() for path in written):
             from pipeline.report import write_rewards
 
             evaluations = [card.read(job.folder) for job in wanted]
-            write_rewards(config, [episode for one in evaluations for episode in one.episodes])
+            write_rewards(config.folder, [episode for one in evaluations for episode in one.episodes])
             runs.write_json(config.folder / card.CARD, card.card(evaluations))

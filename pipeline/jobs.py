@@ -302,11 +302,24 @@ async def _play_job(
             f"first so: {trajectories[0].note} Mend that, delete {path}, and run the same command again."
         )
     write_jsonl(path, trajectories)
-    return summary(trajectories) | {
-        "half_written_lines_dropped": dropped,
-        "already_played": len(have),
-        "seconds": round(time.monotonic() - began, 2),
-    }
+    return (
+        summary(trajectories)
+        | _precision(job)
+        | {
+            "half_written_lines_dropped": dropped,
+            "already_played": len(have),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+    )
+
+
+def _precision(job: Job) -> dict[str, str]:
+    """What `engine.dtype` came to on this machine; servers do not say."""
+    if job.checkpoint is None or job.config.engine.name == "openai":
+        return {}
+    from pipeline.precision import resolve
+
+    return {"engine_dtype": resolve(job.config.engine.dtype)}
 
 
 def _prefixes(job: Job, tasks: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:

@@ -10,7 +10,7 @@ Models that change their logits after the output layer (Gemma's soft cap, Cohere
 change inside the chunks. That it is the same is checked in every call, on a few numbers: a model which does anything
 else to its logits is refused, never silently wrong.
 
-Shapes: B rows, L positions, T turns, N policy tokens of the batch, H hidden size, V vocabulary.
+Shapes: B rows, L positions, T turns, n policy tokens of the batch, H hidden size, V vocabulary.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline import packing
+
 CHUNK = 1024
 """Most positions that meet the output layer at once, where nothing else is asked for."""
 
@@ -35,8 +37,12 @@ def token_logprobs(
     attention_mask: Tensor,
     turn_index: Tensor,
     chunk: int = CHUNK,
+    *,
+    twins: bool = False,
 ) -> Tensor:
     """The log-prob of each of the policy's tokens, given everything before it.
+
+    Within `packing.packed_attention` the rows are computed as one, without padding.
 
     Args:
         model: a Hugging Face causal language model, wrapped or not.
@@ -44,6 +50,8 @@ def token_logprobs(
         attention_mask: [B, L], 0 on padding.
         turn_index: [B, L], the policy's turn number, -1 on context and padding.
         chunk: most positions that meet the output layer at once; the peak is [chunk, V] in float32.
+        twins: whether row B/2 + r may begin as row r does: chosen and rejected of a pair. What is alike is computed
+            once, where rows are packed.
 
     Returns:
         [B, L] float32. Position i holds log pi(token i | tokens before i); 0 where no token is the policy's.
@@ -56,18 +64,30 @@ def token_logprobs(
         raise ValueError(f"chunk={chunk} must be at least 1.")
     is_policy = (turn_index >= 0) & (attention_mask > 0)
     # The token before must be a real one: nothing predicts the first token of a row, wherever padding puts it.
-    predicted = is_policy[:, 1:] & (attention_mask[:, :-1] > 0)
-    before = F.pad(predicted, (0, 1))
-    targets = input_ids[:, 1:][predicted]
-    if len(targets) != int(is_policy.sum()):
+    if not (is_policy[:, 1:] & (attention_mask[:, :-1] > 0)).sum() == is_policy.sum():
         raise ValueError("A row begins with a token of the policy: nothing predicts it. Put a prompt before it.")
-    with _reduced_output(model, before, targets, chunk) as causal_lm:
-        arguments: dict[str, Any] = {"use_cache": False}
+    causal_lm = causal_lm_of(model)
+    arguments: dict[str, Any] = {"use_cache": False}
+    if causal_lm.config._attn_implementation == packing.NAME:
+        packed = packing.pack(input_ids, attention_mask, turn_index, twins=twins)
+        arguments |= {"input_ids": packed.input_ids, "position_ids": packed.positions, "packing": packed}
+        places, own = packed.places, packed.own
+    else:
+        arguments |= {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in inspect.signature(causal_lm.forward).parameters:
             arguments["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        packed = model(input_ids=input_ids, attention_mask=attention_mask, **arguments).logits
-    logprobs = torch.zeros(input_ids.shape, dtype=torch.float32, device=packed.device)
-    return logprobs.masked_scatter(F.pad(predicted, (1, 0)), packed)
+        places, own = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids), attention_mask > 0
+    wanted = is_policy & own
+    before = places.roll(1, dims=1)[wanted]
+    with _reduced_output(causal_lm, arguments["input_ids"].shape, before, input_ids[wanted], chunk):
+        found = model(**arguments).logits
+    logprobs = torch.zeros(input_ids.shape, dtype=torch.float32, device=found.device).masked_scatter(wanted, found)
+    return logprobs if not twins else logprobs.where(own, _of_twins(logprobs)) * is_policy
+
+
+def _of_twins(values: Tensor) -> Tensor:
+    """Row r for both row r and row B/2 + r."""
+    return values[: len(values) // 2].repeat(2, 1)
 
 
 def turn_logprobs(
@@ -76,6 +96,8 @@ def turn_logprobs(
     attention_mask: Tensor,
     turn_index: Tensor,
     chunk: int = CHUNK,
+    *,
+    twins: bool = False,
 ) -> Tensor:
     """The log-prob of every turn, log pi(a_t | s_t): the sum of its tokens' log-probs.
 
@@ -84,7 +106,7 @@ def turn_logprobs(
     Returns:
         [B, T] float32, T the most turns in the batch; 0 beyond a trajectory's last turn.
     """
-    return sum_turns(token_logprobs(model, input_ids, attention_mask, turn_index, chunk), turn_index)
+    return sum_turns(token_logprobs(model, input_ids, attention_mask, turn_index, chunk, twins=twins), turn_index)
 
 
 def sum_turns(logprobs: Tensor, turn_index: Tensor) -> Tensor:
@@ -104,16 +126,18 @@ def sum_turns(logprobs: Tensor, turn_index: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _reduced_output(model: nn.Module, before: Tensor, targets: Tensor, chunk: int) -> Iterator[PreTrainedModel]:
-    """While open, `model(...)` gives the log-probs of `targets`, [N] float32, as its logits.
+def _reduced_output(
+    causal_lm: PreTrainedModel, shape: torch.Size, before: Tensor, targets: Tensor, chunk: int
+) -> Iterator[None]:
+    """While open, the model gives the log-probs of `targets`, [n] float32, as its logits.
 
     Args:
-        model: the model as it will be called.
-        before: [B, L] bool, N of them true: the positions whose next token is a target.
-        targets: [N] token ids.
+        causal_lm: the model, inside whatever wraps it.
+        shape: of the token ids that it will be called with.
+        before: [n], in the flattened input the positions whose next token is a target.
+        targets: [n] token ids.
         chunk: positions at a time.
     """
-    causal_lm = _causal_lm(model)
     head = _innermost(causal_lm.get_output_embeddings())
     head_forward = head.forward
     change = _change_of_logits(causal_lm.config)
@@ -124,12 +148,12 @@ def _reduced_output(model: nn.Module, before: Tensor, targets: Tensor, chunk: in
         return -F.cross_entropy(logits, chunk_targets, reduction="none")
 
     def reduced_forward(hidden: Tensor) -> Tensor:
-        if hidden.shape[:2] != before.shape:
+        if hidden.shape[:2] != shape:
             raise ValueError(
                 f"{type(causal_lm).__name__} gives its output layer {tuple(hidden.shape)} for input ids of "
-                f"{tuple(before.shape)}: a model that is not known here."
+                f"{tuple(shape)}: a model that is not known here."
             )
-        chosen = hidden[before]
+        chosen = hidden.flatten(0, 1)[before]
         pieces = [
             checkpoint(chunk_logprobs, *piece, use_reentrant=False)
             for piece in zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True)
@@ -154,7 +178,7 @@ def _reduced_output(model: nn.Module, before: Tensor, targets: Tensor, chunk: in
     hook = causal_lm.register_forward_hook(put_logprobs, prepend=True)
     head.forward = reduced_forward
     try:
-        yield causal_lm
+        yield
     finally:
         hook.remove()
         del head.forward
@@ -166,7 +190,7 @@ _PROBE = [-300.0, -20.0, -1.5, -0.1, 0.0, 0.7, 3.0, 40.0]
 """Goes through the rest of the model's forward beside the log-probs, to see what it does to logits."""
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face model with an output layer, inside whatever wraps it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:

@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pipeline.config import ModelConfig
 from pipeline.logprobs import CHUNK
 from pipeline.models import add_lora
+from pipeline.packing import MULTIPLE, can_pack
 
 MOMENTS = 2
 """AdamW's numbers for each trained weight."""
@@ -64,7 +65,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """Bytes that the forward pass of one trajectory of a micro-batch keeps for the backward pass."""
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
 
     activations: int
     """Copies of weights left out."""
@@ -123,71 +124,25 @@ def count(model: Any) -> Parameters:
     )
 
 
-def kept(model: Any, sides: Sequence[tuple[int, int]], *, bf16: bool, checkpointing: bool) -> list[Kept]:
-    """What a training step keeps of each trajectory.
+def kept(model: Any, lengths: Sequence[int], *, rows: int = 1, bf16: bool = False, checkpointing: bool = False) -> Kept:
+    """What a training step keeps of a micro-batch, whose trajectories are one pass.
+
+    Packed they are one row; what a pair's sides share is not taken off. Models that cannot be packed are padded.
 
     Args:
         model: from `build`.
-        sides: rows and tokens of each trajectory of a micro-batch: one of SFT, two of a pair.
+        lengths: tokens of each trajectory of an example: one of SFT, two of a pair.
+        rows: examples of the micro-batch.
         bf16: whether autocast computes in bfloat16.
         checkpointing: whether activations are computed again in the backward pass.
 
     Raises:
         ValueError: the model's forward depends on what its tensors hold.
     """
-    found = {side: _kept(model, *side, bf16=bf16, checkpointing=checkpointing) for side in set(sides)}
-    return [found[side] for side in sides]
-
-
-def training(model: Any, kept: Sequence[Kept], *, gpus: int = 1, sharded: bool = False) -> Training:
-    """The most that each GPU holds in a training step.
-
-    With DDP every GPU has all weights, gradients, moments, and the gradients once more in DDP's buckets. Sharded (FSDP)
-    each has its part, and gathers the embedding, the output layer, and two decoder layers at a time; what trains is
-    gathered, and its gradients are added up, in float32.
-
-    The two trajectories of a pair are two passes with one loss, and torch adds up a weight's gradients before it puts
-    them away: those of the one pass wait, whole, for those of the other.
-
-    Args:
-        model: from `build`.
-        kept: from `kept`.
-        gpus: how many share the work.
-        sharded: whether they share the weights, too.
-    """
-    parameters = count(model)
-    trained, parts, sharded = 4 * parameters.trained, gpus if sharded else 1, sharded and gpus > 1
-    waiting = trained if len(kept) > 1 else 0
-    outside = parameters.embedding + (0 if _is_tied(model) else parameters.head)
-    each = (trained + parameters.base_bytes) / parameters.total
-    gathered = round(each * (outside + 2 * parameters.layer)) if sharded else 0
-    activations = sum(side.activations for side in kept)
-    copies = sum(side.copies for side in kept) // (len(kept) if kept[0].again else 1)
-    forward_ends = activations + copies + max(side.output for side in kept)
-    backward_begins = activations + max(max(side.again, side.output) for side in kept)
-    one_pass_waits = waiting + max(
-        side.activations + max(side.again, side.output) + (0 if side.again else side.copies) for side in kept
-    )
-    return Training(
-        weights=-(-(trained + parameters.base_bytes) // parts),
-        gradients=-(-trained // parts) + (trained if gpus > 1 and not sharded else 0),
-        optimizer=-(-MOMENTS * trained // parts),
-        passing=gathered + max(forward_ends, backward_begins, one_pass_waits),
-    )
-
-
-def scoring(model: Any, kept: Sequence[Kept]) -> Training:
-    """What the stage `reference` holds on each GPU: the whole model, and what one layer and one chunk pass through."""
-    parameters = count(model)
-    return Training(
-        weights=4 * parameters.trained + parameters.base_bytes,
-        gradients=0,
-        optimizer=0,
-        passing=max(side.copies + side.output + side.again for side in kept),
-    )
-
-
-def _kept(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> Kept:
+    if can_pack(_base(model)):
+        rows, length = 1, -(-rows * sum(lengths) // MULTIPLE) * MULTIPLE
+    else:
+        rows, length = rows * len(lengths), max(lengths)
     activations, copies = _saved(model, rows, length, bf16=bf16, checkpointing=False)
     again = 0
     if checkpointing:
@@ -197,6 +152,45 @@ def _kept(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool
     vocabulary = model.get_output_embeddings().weight.shape[0]
     output = min(CHUNK, rows * length) * vocabulary * (10 if bf16 else 8)
     return Kept(activations=activations, again=again, copies=copies, output=output)
+
+
+def training(model: Any, kept: Kept, *, gpus: int = 1, sharded: bool = False) -> Training:
+    """The most that each GPU holds in a training step.
+
+    With DDP every GPU has all weights, gradients, moments, and the gradients once more in DDP's buckets. Sharded (FSDP)
+    each has its part, and gathers the embedding, the output layer, and two decoder layers at a time; what trains is
+    gathered, and its gradients are added up, in float32.
+
+    Args:
+        model: from `build`.
+        kept: from `kept`.
+        gpus: how many share the work.
+        sharded: whether they share the weights, too.
+    """
+    parameters = count(model)
+    trained, parts, sharded = 4 * parameters.trained, gpus if sharded else 1, sharded and gpus > 1
+    outside = parameters.embedding + (0 if _is_tied(model) else parameters.head)
+    each = (trained + parameters.base_bytes) / parameters.total
+    gathered = round(each * (outside + 2 * parameters.layer)) if sharded else 0
+    forward_ends = kept.activations + kept.copies + kept.output
+    backward_begins = kept.activations + max(kept.again, kept.output)
+    return Training(
+        weights=-(-(trained + parameters.base_bytes) // parts),
+        gradients=-(-trained // parts) + (trained if gpus > 1 and not sharded else 0),
+        optimizer=-(-MOMENTS * trained // parts),
+        passing=gathered + max(forward_ends, backward_begins),
+    )
+
+
+def scoring(model: Any, kept: Kept) -> Training:
+    """What the stage `reference` holds on each GPU: the whole model, and what one layer and one chunk pass through."""
+    parameters = count(model)
+    return Training(
+        weights=4 * parameters.trained + parameters.base_bytes,
+        gradients=0,
+        optimizer=0,
+        passing=kept.copies + kept.output + kept.again,
+    )
 
 
 def _saved(model: Any, rows: int, length: int, *, bf16: bool, checkpointing: bool) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Stage `report`: what a run came to, as tables on the terminal, CSV files, figures for a paper, and one page.
 
+episodes.csv          one row an evaluated episode (`pipeline.statistics.episode_table`); see the tool `tables`
 rewards.csv           one row an environment, method, split and seed (`pipeline.statistics.rewards_table`)
 rewards_by_kind.csv   the same for each kind of task
 differences.csv       one row an environment, split and method: against the SFT policy on the same tasks
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import rich.console
 
+    from pipeline import statistics
+
 HERE = Path(__file__).parent
 SOURCES = ("statistics.py", "figures.py", "viewer.py", "report.py", "report.html.jinja", "report.css", "report.js")
-OUTPUTS = ("rewards.csv", "rewards_by_kind.csv", "differences.csv", "report.html")
+OUTPUTS = ("episodes.csv", "rewards.csv", "rewards_by_kind.csv", "differences.csv", "report.html")
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -127,7 +130,6 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     Raises:
         ValueError: a file of a stage cannot be read, or nothing was evaluated.
     """
-    import envs
     from pipeline import axes, figures, statistics, viewer
 
     every = arms.of(config)
@@ -135,17 +137,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
-    by_seed = write_rewards(config, evaluated)
-    differences = statistics.paired_all(evaluated, _compared(every))
-    _write_csv(config.folder / "differences.csv", differences)
-    tables = {
-        "rewards": [
-            row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(evaluated))
-        ],
-        "kinds": _rows(statistics.summary(evaluated, by_kind=True)),
-        "paired": _rows(differences),
-        "statuses": _rows(statistics.statuses(evaluated)),
-    }
+    tables = write_tables(config.folder, statistics.episode_table(evaluated), _compared(every))
     drawn: dict[str, str] = {}
     axis = axes.axis([arm for arm in every if arm.name in config.arms])
     for env in config.env.names:
@@ -154,7 +146,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
             for one in stages
             if one.env == env and (one.name == "sft" or one.name.startswith("train/"))
         }
-        of_env = _of(tables["rewards"], env), _of(_rows(by_seed), env)
+        of_env = _of(tables["rewards"], env), _of(tables["by_seed"], env)
         for name, figure in figures.draw(env, *of_env, logs, [arm.name for arm in every[1:]], axis).items():
             for suffix in ("pdf", "svg"):
                 with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
@@ -167,13 +159,39 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     return tables
 
 
-def write_rewards(config: Config, evaluated: Sequence[Trajectory]) -> "pd.DataFrame":
-    """Write rewards.csv and rewards_by_kind.csv of evaluated episodes; returns the first."""
+def write_tables(folder: Path, episodes: "pd.DataFrame", compared: Sequence[tuple[list[str], str]]) -> Tables:
+    """Write the CSV files of evaluated episodes; returns the tables to print and to draw.
+
+    Args:
+        folder: where to.
+        episodes: a `statistics.episode_table`.
+        compared: groups of policies, each with the one that it is compared with.
+    """
+    import envs
     from pipeline import statistics
 
-    by_seed = statistics.rewards_table(evaluated)
-    _write_csv(config.folder / "rewards.csv", by_seed)
-    _write_csv(config.folder / "rewards_by_kind.csv", statistics.by_kind(evaluated))
+    by_seed = write_rewards(folder, episodes)
+    differences = statistics.paired_all(episodes, compared)
+    _write_csv(folder / "differences.csv", differences)
+    return {
+        "rewards": [
+            row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(episodes))
+        ],
+        "by_seed": _rows(by_seed),
+        "kinds": _rows(statistics.summary(episodes, by_kind=True)),
+        "paired": _rows(differences),
+        "statuses": _rows(statistics.statuses(episodes)),
+    }
+
+
+def write_rewards(folder: Path, episodes: "statistics.Episodes") -> "pd.DataFrame":
+    """Write episodes.csv, rewards.csv and rewards_by_kind.csv of evaluated episodes; returns the second."""
+    from pipeline import statistics
+
+    by_seed = statistics.rewards_table(episodes)
+    _write_csv(folder / "episodes.csv", statistics.episode_table(episodes))
+    _write_csv(folder / "rewards.csv", by_seed)
+    _write_csv(folder / "rewards_by_kind.csv", statistics.by_kind(episodes))
     return by_seed
 
 

@@ -15,7 +15,7 @@ of the table, is below 1 - `LEVEL` (`judged`).
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -25,18 +25,23 @@ from scipy import stats
 from pipeline.records import EpisodeStatus, Trajectory
 
 Array = NDArray[np.float64]
+Episodes: TypeAlias = Iterable[Trajectory] | pd.DataFrame
+"""Trajectories, or the `episode_table` of some."""
 
 GROUP = ["env", "method", "split", "seed"]
 MEASURES = ["n", "reward", "reward_se", "success", "success_se", "steps", "invalid_rate"]
 COLUMNS = GROUP + MEASURES
 """The columns of rewards.csv, in order."""
+EPISODE = [*GROUP, "kind", "task", "sample", "reward", "success", "steps", "invalid", "status"]
+"""The columns of episodes.csv, in order."""
+ERRORS = [status for status in EpisodeStatus if status.is_error]
 LEVEL = 0.95
 """Coverage of every interval here; 1 - LEVEL is the level of every verdict."""
 EXACT = 20
 """Most differing tasks whose 2^n patterns of signs are all counted."""
 
 
-def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+def rewards_table(episodes: Episodes) -> pd.DataFrame:
     """Tidy rewards: one row for each environment, method, split and seed, in the order of the episodes.
 
     Columns (`COLUMNS`): n is the number of tasks; reward and success are means over tasks; the `_se` are the standard
@@ -47,7 +52,7 @@ def rewards_table(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     Raises:
         ValueError: an attempt at a task appears twice, or has no reward.
     """
-    return _table(_frame(episodes), GROUP)[COLUMNS]
+    return _table(episode_table(episodes), GROUP)[COLUMNS]
 
 
 def best_of(episodes: Iterable[Trajectory]) -> list[Trajectory]:
@@ -60,19 +65,18 @@ def best_of(episodes: Iterable[Trajectory]) -> list[Trajectory]:
     return list(best.values())
 
 
-def by_kind(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+def by_kind(episodes: Episodes) -> pd.DataFrame:
     """`rewards_table` broken down by the kind of task, with a column `kind` after `seed`.
 
     Raises:
         ValueError: an attempt at a task appears twice, or has no reward.
     """
-    return _table(_frame(episodes), [*GROUP, "kind"])[[*GROUP, "kind", *MEASURES]]
+    return _table(episode_table(episodes), [*GROUP, "kind"])[[*GROUP, "kind", *MEASURES]]
 
 
-def statuses(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+def statuses(episodes: Episodes) -> pd.DataFrame:
     """How episodes ended: one row as in `rewards_table`, one column of counts for each `EpisodeStatus`."""
-    rows = [(one.env, one.policy, one.split, one.seed, one.status.value) for one in episodes]
-    frame = pd.DataFrame(rows, columns=[*GROUP, "status"])
+    frame = episode_table(episodes)
     counts = frame.groupby([*GROUP, "status"], sort=False).size().unstack("status", fill_value=0)
     order = pd.MultiIndex.from_frame(frame[GROUP].drop_duplicates())
     return (
@@ -80,7 +84,7 @@ def statuses(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     )
 
 
-def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.DataFrame:
+def summary(episodes: Episodes, *, by_kind: bool = False) -> pd.DataFrame:
     """Means over seeds and tasks with their `interval`: one row for each environment, method, split (and kind).
 
     Columns: env, method, split, (kind,) seeds and n (tasks) as counts, reward, reward_low, reward_high, success,
@@ -90,7 +94,7 @@ def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.Data
     Raises:
         ValueError: two seeds of a method played different tasks, or as in `rewards_table`.
     """
-    frame = _frame(episodes)
+    frame = episode_table(episodes)
     keys = ["env", "method", "split"] + (["kind"] if by_kind else [])
     rows = []
     for key, group in frame.groupby(keys, sort=False):
@@ -102,8 +106,8 @@ def summary(episodes: Iterable[Trajectory], *, by_kind: bool = False) -> pd.Data
         turns = group["steps"].sum()
         row["steps"] = float(scores["steps"].to_numpy().mean())
         row["invalid_rate"] = float(group["invalid"].sum() / turns) if turns else math.nan
-        row["completed"] = float(group["completed"].mean())
-        rows.append(row | {"errors": int(group["error"].sum())})
+        row["completed"] = float((group["status"] == EpisodeStatus.COMPLETED).mean())
+        rows.append(row | {"errors": int(group["status"].isin(ERRORS).sum())})
     return pd.DataFrame(rows)
 
 
@@ -175,7 +179,7 @@ def interquartile(values_ST: Array, *, draws: int = 2_000, seed: int = 0) -> tup
 
 
 def paired(
-    episodes: Iterable[Trajectory], methods: Sequence[str], baseline: str, *, draws: int = 10_000, seed: int = 0
+    episodes: Episodes, methods: Sequence[str], baseline: str, *, draws: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
     """Each method against a baseline over the same tasks and seeds.
 
@@ -199,7 +203,7 @@ def paired(
         ValueError: method and baseline, or two seeds of one of them, did not play the same tasks.
     """
     rows = []
-    for (env, split), group in _frame(episodes).groupby(["env", "split"], sort=False):
+    for (env, split), group in episode_table(episodes).groupby(["env", "split"], sort=False):
         scores = {
             method: _matrices(group[group["method"] == method], ["reward"])["reward"] for method in {*methods, baseline}
         }
@@ -215,7 +219,7 @@ def paired(
     return pd.DataFrame(judged(rows))
 
 
-def paired_all(episodes: Sequence[Trajectory], compared: Iterable[tuple[Sequence[str], str]]) -> pd.DataFrame:
+def paired_all(episodes: Episodes, compared: Iterable[tuple[Sequence[str], str]]) -> pd.DataFrame:
     """`paired` of several groups of methods, each with its own baseline, judged as one table."""
     tables = [paired(episodes, methods, baseline) for methods, baseline in compared]
     return pd.DataFrame(judged(pd.concat(tables).to_dict("records")))
@@ -337,37 +341,28 @@ def _percentiles(means_D: Array) -> tuple[float, float]:  # noqa: N803
     return float(low), float(high)
 
 
-def reward_matrix(episodes: Iterable[Trajectory]) -> pd.DataFrame:
+def reward_matrix(episodes: Episodes) -> pd.DataFrame:
     """Rewards of one policy on one split: a row a seed, a column a task, samples averaged, NaN where not played.
 
     Raises:
         ValueError: as `rewards_table`.
     """
-    return _frame(episodes).pivot_table(index="seed", columns="task", values="reward", aggfunc="mean")
+    return episode_table(episodes).pivot_table(index="seed", columns="task", values="reward", aggfunc="mean")
 
 
-def _frame(episodes: Iterable[Trajectory]) -> pd.DataFrame:
-    """One row an episode."""
-    rows = [
-        {
-            "env": one.env,
-            "method": one.policy,
-            "split": one.split,
-            "seed": one.seed,
-            "kind": one.kind,
-            "task": one.id,
-            "sample": one.sample,
-            "reward": one.reward,
-            "success": float(one.success),
-            "steps": len(one.turns),
-            "invalid": sum(not turn.valid for turn in one.turns),
-            "completed": one.status == EpisodeStatus.COMPLETED,
-            "error": one.status.is_error,
-        }
-        for one in episodes
-    ]
-    columns = [*GROUP, "kind", "task", "sample", "reward", "success", "steps", "invalid", "completed", "error"]
-    frame = pd.DataFrame(rows, columns=columns)
+def episode_table(episodes: Episodes) -> pd.DataFrame:
+    """One row an episode, with the columns `EPISODE`: what every other table here is made of.
+
+    Args:
+        episodes: trajectories, or a table of this form, which is only checked.
+
+    Raises:
+        ValueError: an attempt at a task appears twice, or has no reward.
+    """
+    if isinstance(episodes, pd.DataFrame):
+        frame = episodes
+    else:
+        frame = pd.DataFrame([_row(one) for one in episodes], columns=EPISODE)
     twice = frame[frame.duplicated([*GROUP, "task", "sample"])]
     if len(twice):
         raise ValueError(f"{_named(twice)} appears twice; delete the second of the two lines in its episodes.jsonl.")
@@ -375,6 +370,23 @@ def _frame(episodes: Iterable[Trajectory]) -> pd.DataFrame:
     if len(lost):
         raise ValueError(f"{_named(lost)} has no reward; delete its line in episodes.jsonl and play it again.")
     return frame
+
+
+def _row(one: Trajectory) -> dict[str, Any]:
+    return {
+        "env": one.env,
+        "method": one.policy,
+        "split": one.split,
+        "seed": one.seed,
+        "kind": one.kind,
+        "task": one.id,
+        "sample": one.sample,
+        "reward": one.reward,
+        "success": float(one.success),
+        "steps": len(one.turns),
+        "invalid": sum(not turn.valid for turn in one.turns),
+        "status": one.status.value,
+    }
 
 
 def _named(rows: pd.DataFrame) -> str:

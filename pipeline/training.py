@@ -26,11 +26,13 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from pipeline.batches import Run, Side, check, collate, pad
 from pipeline.config import PreferenceConfig, TrainingConfig
-from pipeline.logprobs import turn_logprobs
+from pipeline.logprobs import causal_lm_of, turn_logprobs
 from pipeline.losses import discount
 from pipeline.methods import Discount
 from pipeline.models import reference_mode
 from pipeline.objectives import PreferenceObjective, SftObjective
+from pipeline.packing import packed_attention
+from pipeline.precision import multiplies_bf16
 from pipeline.records import JsonlAppender, read_jsonl
 from pipeline.rendering import Rendered
 from pipeline.training_log import LOG, Window, callbacks, open_log, scalars
@@ -113,7 +115,7 @@ def reference_turn_logprobs(
 ) -> list[tuple[list[float], list[float]]]:
     """The log-prob of every turn of every pair under the reference, computed just as training computes the policy's.
 
-    Same autocast, same padding, no gradients, so that the first training step sees a ratio of one. The reference is the
+    Same autocast, same packing, no gradients, so that the first training step sees a ratio of one. The reference is the
     model as it is given, with its LoRA adapter off. With several processes each does its share, and all get the whole.
 
     Args:
@@ -126,30 +128,28 @@ def reference_turn_logprobs(
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     model.to(state.device).eval()
-    rows = [Side(rendered=rendered) for pair in pairs for rendered in pair]
-    longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].rendered.ids))
+    longest_first = sorted(range(len(pairs)), key=lambda pair: -sum(len(side.ids) for side in pairs[pair]))
     batches = [
-        longest_first[start : start + config.micro_batch_size] for start in range(0, len(rows), config.micro_batch_size)
+        longest_first[start : start + config.micro_batch_size]
+        for start in range(0, len(pairs), config.micro_batch_size)
     ][state.process_index :: state.num_processes]
-    found: list[tuple[int, list[float]]] = []
+    found: list[tuple[int, tuple[list[float], list[float]]]] = []
     autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=uses_bf16(config))
-    with torch.no_grad(), reference_mode(model), autocast:
+    with torch.no_grad(), reference_mode(model), autocast, packed_attention(causal_lm_of(model)):
         for batch in tqdm(batches, desc="reference", disable=not state.is_main_process, dynamic_ncols=True):
-            side = {key: value.to(state.device) for key, value in pad([rows[row] for row in batch]).items()}
-            for row, logprobs in zip(batch, _side_logprobs(model, side).tolist(), strict=True):
-                found.append((row, logprobs[: rows[row].rendered.turns]))
-    by_row = dict(gather_object(found) if state.num_processes > 1 else found)
-    return [(by_row[2 * pair], by_row[2 * pair + 1]) for pair in range(len(pairs))]
+            sides = [pad([Side(rendered=pairs[pair][side]) for pair in batch]) for side in (0, 1)]
+            on_device = [{key: value.to(state.device) for key, value in side.items()} for side in sides]
+            both = (logprobs.tolist() for logprobs in _sides_logprobs(model, on_device))
+            for pair, chosen, rejected in zip(batch, *both, strict=True):
+                first, second = pairs[pair]
+                found.append((pair, (chosen[: first.turns], rejected[: second.turns])))
+    by_pair = dict(gather_object(found) if state.num_processes > 1 else found)
+    return [by_pair[pair] for pair in range(len(pairs))]
 
 
 def uses_bf16(config: TrainingConfig) -> bool:
     """Whether autocast computes in bfloat16: as configured, else where the hardware multiplies in it."""
-    if config.bf16 is not None:
-        return config.bf16
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return multiplies_bf16() if config.bf16 is None else config.bf16
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -170,15 +170,24 @@ def _weights(
     return [row[: side.turns] for row, side in zip(table.tolist(), sides, strict=True)]
 
 
-def _side_logprobs(model: Any, side: dict[str, Tensor]) -> Tensor:
-    """Per-turn log-probs [P, T] of one side of a micro-batch.
+def _sides_logprobs(model: Any, sides: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Per-turn log-probs [P, T] of each side of a micro-batch, from one pass over all of them."""
 
-    The mask is all ones although rows are padded: see `collate`. Rows are padded further, to a multiple of 64: oneDNN
-    and CUDA's libraries prepare a kernel for every new shape, which takes a fifth of a short training on a CPU.
-    """
-    room = -side["input_ids"].shape[1] % 64
-    ids = nn.functional.pad(side["input_ids"], (0, room))
-    return turn_logprobs(model, ids, torch.ones_like(ids), nn.functional.pad(side["turn_index"], (0, room), value=-1))
+    def stacked(name: str, fill: int) -> Tensor:
+        width = max(side[name].shape[1] for side in sides)
+        return torch.cat([
+            nn.functional.pad(side[name], (0, width - side[name].shape[1]), value=fill) for side in sides
+        ])  # fmt: skip
+
+    found = turn_logprobs(
+        model,
+        stacked("input_ids", 0),
+        stacked("attention_mask", 0),
+        stacked("turn_index", -1),
+        twins=len(sides) == 2,
+    )
+    turns = [int(side["turn_index"].max()) + 1 for side in sides]
+    return [part[:, :width] for part, width in zip(found.chunk(len(sides)), turns, strict=True)]
 
 
 def _train(
@@ -208,7 +217,8 @@ def _train(
     with open_log(folder, done) if state.is_main_process else contextlib.nullcontext() as log:
         trainer = _TurnTrainer(model, arguments, run, objective, log, callbacks(name, folder, done))
         started = time.time()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with packed_attention(causal_lm_of(model)):
+            trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.time() - started
     trainer.release_model()
     state.wait_for_everyone()
@@ -310,10 +320,8 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
         Gradients are averaged over the processes, and shares add up: hence the factor.
         """
-        logprobs = []
-        for side in inputs["sides"]:  # apart, as autocast keeps its copies of the weights until it ends
-            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
-                logprobs.append(_side_logprobs(model, side))
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            logprobs = _sides_logprobs(model, inputs["sides"])
         loss, metrics = self._objective(logprobs, inputs)
         self._window.add(metrics)
         share: Tensor = loss * self.accelerator.num_processes

@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fast_downward import interface as downward
 
 from envs.alfworld import engine, games
 from envs.alfworld.engine import Engine, Translation, Translations
@@ -137,6 +139,20 @@ def test_the_process_keeps_its_arguments_output_and_random_numbers(translations,
     assert sys.stdout is output
     assert random.random() == expected
     assert capfd.readouterr().out == ""
+
+
+def test_engines_copy_what_is_loaded_of_the_planners_library(monkeypatch, tmp_path):
+    library = Path(downward.DOWNWARD_LIB_PATH)
+    loaded, copied = engine.loaded_part(library), []
+    assert library.read_bytes().startswith(loaded)
+    assert len(loaded) < library.stat().st_size / 10
+    copy = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", lambda *paths: copied.append(Path(copy(*paths)).stat().st_size))
+    Engine().release()
+    assert copied == [len(loaded)]
+    assert Path(downward.DOWNWARD_LIB_PATH) == library
+    (tmp_path / "other").write_bytes(b"no ELF file")
+    assert engine.loaded_part(tmp_path / "other") == b"no ELF file"
 
 
 def test_a_damaged_translation_is_made_again(tmp_path):

@@ -26,7 +26,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hf(policy):
-    engine = load_engine(EngineSettings(name="hf"), policy, 2048, [END])
+    engine = load_engine(EngineSettings(name="hf", dtype="float32"), policy, 2048, [END])
     yield engine
     engine.close()
 
@@ -44,14 +44,16 @@ def fresh(other):
     The process has imported Flask, whose proxies vLLM's start stumbles over.
     """
     importlib.import_module("flask")
-    with contextlib.closing(load_engine(EngineSettings(kv_cache_gib=0.5), other, 2048, [END])) as engine:
+    with contextlib.closing(
+        load_engine(EngineSettings(kv_cache_gib=0.5, dtype="float32"), other, 2048, [END])
+    ) as engine:
         return asyncio.run(ask_all(engine, PROMPTS, GREEDY))
 
 
 @pytest.fixture(scope="session")
 def vllm(policy, fresh):
     """One engine for all tests here; the second of its process."""
-    engine = load_engine(EngineSettings(kv_cache_gib=0.5), policy, 2048, [END])
+    engine = load_engine(EngineSettings(kv_cache_gib=0.5, dtype="float32"), policy, 2048, [END])
     yield engine
     engine.close()
 
@@ -78,7 +80,7 @@ def test_the_package_imports_no_model_library():
 class TestLoading:
     def test_no_checkpoint(self, tmp_path):
         with pytest.raises(ValueError, match=r"No checkpoint at .*: there is no config.json"):
-            load_engine(EngineSettings(name="hf"), tmp_path, 64, [END])
+            load_engine(EngineSettings(name="hf", dtype="float32"), tmp_path, 64, [END])
 
     def test_a_setting_without_effect_is_refused(self, policy):
         with pytest.raises(ValueError, match=r"engine.concurrency has no effect with engine.name=hf; leave it out"):
@@ -160,10 +162,13 @@ class TestAnotherCheckpoint:
         before = await hf.generate(PROMPTS[0], GREEDY)
         hf.load(other, [END])
         loaded = await hf.generate(PROMPTS[0], GREEDY)
-        with contextlib.closing(load_engine(EngineSettings(name="hf"), other, 2048, [END])) as engine:
-            assert loaded == await engine.generate(PROMPTS[0], GREEDY)
+        with contextlib.closing(load_engine(EngineSettings(name="hf", dtype="float32"), other, 2048, [END])) as engine:
+            fresh = await engine.generate(PROMPTS[0], GREEDY)
+        # Where in memory a matrix lies moves MKL's last bits on a CPU with AVX2 alone.
+        assert (loaded.token_ids, loaded.logprobs) == (fresh.token_ids, pytest.approx(fresh.logprobs, abs=1e-5))
         hf.load(policy, [END])
-        assert before == await hf.generate(PROMPTS[0], GREEDY) != loaded
+        again = await hf.generate(PROMPTS[0], GREEDY)
+        assert before.token_ids == again.token_ids != loaded.token_ids
 
     @pytest.mark.parametrize("name", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
     async def test_ends_are_those_of_the_new_checkpoint(self, name, policy, request):
@@ -192,7 +197,7 @@ class TestHf:
     async def test_end_token(self, policy, hf):
         free = await hf.generate(prompt(1, 9), Sampling(max_tokens=8))
         end = free.token_ids[4]
-        stopping = load_engine(EngineSettings(name="hf"), policy, 2048, [end])
+        stopping = load_engine(EngineSettings(name="hf", dtype="float32"), policy, 2048, [end])
         reply = await stopping.generate(prompt(1, 9), Sampling(max_tokens=8))
         assert reply.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
         assert reply.finish_reason == "stop"

@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pipeline import memory, training
 from pipeline.batches import Run, Side, collate
 from pipeline.config import ModelConfig, PreferenceConfig
+from pipeline.logprobs import causal_lm_of
 from pipeline.methods import Discount
 from pipeline.models import add_lora, read_sizes
 from pipeline.objectives import PreferenceObjective
+from pipeline.packing import packed_attention
 from pipeline.rendering import Rendered
 from tests.training_worker import PREFERENCE
 
@@ -79,13 +81,13 @@ def test_a_mixture_multiplies_with_the_experts_a_token_is_sent_to():
     assert (
         memory.count(model).used == sum(weight.numel() for weight in model.model.layers.parameters()) - experts * 3 // 4
     )
-    assert memory.kept(model, [(1, 128)], bf16=True, checkpointing=False)[0].activations > 0
+    assert memory.kept(model, [128], bf16=True).activations > 0
 
 
 def pair() -> tuple[Rendered, Rendered]:
-    """Two trajectories of LENGTH tokens, all but the first the policy's."""
-    side = Rendered(ids=[7] * LENGTH, turn_index=[-1, *[0] * (LENGTH - 1)])
-    return side, side
+    """Two trajectories of LENGTH tokens that share none, all but the first the policy's."""
+    first, second = (Rendered(ids=[token] * LENGTH, turn_index=[-1, *[0] * (LENGTH - 1)]) for token in (7, 8))
+    return first, second
 
 
 def test_what_training_holds_between_steps_is_counted_to_the_byte(tmp_path, monkeypatch):
@@ -107,7 +109,7 @@ def test_what_training_holds_between_steps_is_counted_to_the_byte(tmp_path, monk
         reference = training.reference_turn_logprobs(model, [pair()], config)
         training.run_preference(model, [pair()], reference, Discount.DMPO, config, tmp_path / str(rank), seed=0)
         shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
-        kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=False, checkpointing=False)
+        kept = memory.kept(shapes, [LENGTH] * 2)
         said = memory.training(shapes, kept)
         assert memory.scoring(shapes, kept).weights == held["weights"]
         assert held == {"weights": said.weights, "gradients": said.gradients, "optimizer": said.optimizer}
@@ -126,11 +128,10 @@ def peak_of_a_step(model, bf16: bool, checkpointing: bool) -> int:
     model.train()
     for weight in model.parameters():  # what earlier micro-batches of the step leave
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        logprobs = []
-        for side in batch["sides"]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as accelerate: around the forward pass alone
-                logprobs.append(training._side_logprobs(model, side))
+    profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiling as profiler, packed_attention(causal_lm_of(model)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as accelerate: around the forward pass alone
+            logprobs = training._sides_logprobs(model, batch["sides"])
         PreferenceObjective(beta=0.1)(logprobs, batch)[0].backward()
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
@@ -147,7 +148,7 @@ def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing):
     model = add_lora(LlamaForCausalLM(SMALL), ModelConfig(lora_rank=rank), 0)
     measured = peak_of_a_step(model, bf16, checkpointing)
     shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
-    kept = memory.kept(shapes, [(1, LENGTH)] * 2, bf16=bf16, checkpointing=checkpointing)
+    kept = memory.kept(shapes, [LENGTH] * 2, bf16=bf16, checkpointing=checkpointing)
     said = memory.training(shapes, kept)
     ratio = said.passing / measured
     assert 0.85 < ratio < 1.15, (measured, said)

@@ -396,7 +396,7 @@ def test_real_servers(policy, other):
     prompts = [prompt for prompt in PROMPTS if len(prompt) < 500]
     expected = {}
     for path in (policy, other):
-        with contextlib.closing(load_engine(EngineSettings(name="hf"), path, 2048, [END])) as hf:
+        with contextlib.closing(load_engine(EngineSettings(name="hf", dtype="float32"), path, 2048, [END])) as hf:
             expected[path] = asyncio.run(ask_all(hf, prompts, GREEDY))
     ports = [free_port(), free_port()]
     with real_server(policy, ports[0]) as first, real_server(policy, ports[1]) as second:

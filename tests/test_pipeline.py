@@ -153,6 +153,7 @@ def test_manifests_say_with_what_the_work_was_done(finished):
     assert manifest["packages"]["torch"].startswith("2.13")
     assert manifest["settings"]["seed"] == 0
     assert manifest["facts"]["episodes"] == 32
+    assert manifest["facts"]["engine_dtype"] == "float32"
     assert manifest["inputs"]["sft"].keys() >= {"policy/model.safetensors", "policy/chat_template.jinja"}
 
 

@@ -434,8 +434,22 @@ class TestSolutions:
         assert pickle.loads(run.stdout) == {task: alone[task] for task in asked}
 
 
+class Hungry(ScienceWorld):
+    """Wants more memory of its JVM than there is."""
+
+    def valid_actions(self):
+        java = self._jvm.gateway
+        with self._jvm.turn(self._server, "hunger"):
+            return list(java.new_array(java.jvm.byte, 2**28))
+
+
 @pytest.mark.java
 class TestPool:
+    async def test_a_full_heap_is_named(self):
+        async with EnvPool(Hungry, Settings(heap_mb=128)) as pool, pool.session() as env:
+            with pytest.raises(EnvironmentFailure, match=r"ran out of its 128 MB with 1 .*env\.sciworld\.heap_mb"):
+                await env.call("valid_actions")
+
     async def test_a_killed_jvm_is_a_failure_and_is_replaced(self):
         async with EnvPool("sciworld", slots=2) as pool:
             async with pool.session() as env:

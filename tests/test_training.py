@@ -80,12 +80,14 @@ def test_collate_gives_the_tensors_of_its_docstring():
     assert batch["weight"].tolist() == [0.25, 0.25]
     assert {key: value.tolist() for key, value in batch["sides"][0].items()} == {
         "input_ids": [[5, 6, 7, 8], [5, 6, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
         "turn_index": [[-1, 0, -1, 1], [-1, 0, -1, -1]],
         "reference": [[-1.5, -2.0], [-0.5, 0.0]],
         "weights": [[1.0, 0.5], [1.0, 0.0]],
     }
     assert {key: value.tolist() for key, value in batch["sides"][1].items()} == {
         "input_ids": [[5, 9, 4, 0], [5, 7, 7, 7]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
         "turn_index": [[-1, 0, 0, -1], [-1, 0, -1, 1]],
         "reference": [[-3.0, 0.0], [-4.0, -1.0]],
         "weights": [[1.0, 0.0], [1.0, 0.5]],

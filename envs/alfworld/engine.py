@@ -17,7 +17,8 @@ them costs time alone); `Engine.load` forgets them.
 `tests/test_alfworld_engine.py` compares observations and admissible commands with the unmodified engine's.
 
 An engine holds its own copy of the planner's library, which never leaves the process again (`fast_downward.close_lib`
-can crash it), so engines are handed on from one user to the next and not made anew.
+can crash it), so engines are handed on from one user to the next and not made anew. The copy's file is deleted but held
+as long: 34 MB of disk, or of memory where /tmp is in memory, of which 33 are for debuggers. Engines copy the rest.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ import importlib.metadata
 import json
 import random
 import re
+import struct
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +43,7 @@ import fast_downward
 import mementos.core
 import textworld
 from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+from fast_downward import interface as downward
 from fast_downward.translate import pddl
 from textworld.envs.pddl import logic as pddl_logic
 from textworld.envs.pddl import pddl as pddl_env
@@ -136,7 +140,7 @@ class Engine:
     def __init__(self) -> None:
         _accelerate()
         self._requests = textworld.EnvInfos(won=True, admissible_commands=True)
-        with _untouched():
+        with _untouched(), _short_library():
             env = pddl_env.PddlEnv(self._requests)
             env.downward_lib.load_sas_replan = lambda sas: None
             self._env = AlfredDemangler(env)
@@ -226,6 +230,38 @@ def _untouched() -> Iterator[None]:
     finally:
         sys.argv, sys.stdout = arguments, output
         random.setstate(drawn)
+
+
+@contextlib.contextmanager
+def _short_library() -> Iterator[None]:
+    """Have `fast_downward.load_lib` copy no more of the planner's library than a process loads."""
+    whole = downward.DOWNWARD_LIB_PATH
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(loaded_part(Path(whole)))
+        file.flush()
+        downward.DOWNWARD_LIB_PATH = file.name
+        try:
+            yield
+        finally:
+            downward.DOWNWARD_LIB_PATH = whole
+
+
+@functools.cache
+def loaded_part(library: Path) -> bytes:
+    """An ELF file up to the end of its last loaded segment; what comes after, linkers and debuggers read.
+
+    A file of another kind is left whole. The layout is that of elf(5): `e_phoff` at byte 32, `e_phentsize` and
+    `e_phnum` at 54; of a program header `p_type` (1: loaded) at 0, `p_offset` at 8, `p_filesz` at 32.
+    """
+    content = library.read_bytes()
+    if content[:6] != b"\x7fELF\x02\x01":  # 64 bits, little-endian
+        return content
+    (table,), (size, number) = struct.unpack_from("<Q", content, 32), struct.unpack_from("<HH", content, 54)
+    ends = [0]
+    for place in range(table, table + size * number, size):
+        kind, start, length = struct.unpack_from("<I4xQ16xQ", content, place)
+        ends.append(start + length if kind == 1 else 0)
+    return content[: max(ends)]
 
 
 _current: Translations | None = None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv, comma_list
 from envs.sciworld.expert import plans, think
-from envs.sciworld.simulator import SIMPLIFICATIONS, Jvm, Server, jar_hash
+from envs.sciworld.simulator import JVM_MB, SIMPLIFICATIONS, WORLD_MB, Jvm, Server, jar_hash
 from envs.sciworld.splits import digest, leak_free, published
 
 STEP_LIMITS = {
@@ -154,7 +154,19 @@ class Settings(BaseModel):
     pots and, in tasks without electricity, no electrical actions."""
     heap_mb: int = Field(default=512, ge=128)
     """Most memory, in MB, for the objects of the JVM that all environments of a process share. It uses what it needs:
-    some 50 MB, and 11 MB more for each environment (320 MB resident with 8 of them, 600 with 16)."""
+    some 50 MB, and 12 MB more for each environment (320 MB resident with 8 of them, 600 with 16)."""
+
+    def check_heap(self, environments: int) -> None:
+        """Refuse a heap that does not hold the worlds of so many environments in a process.
+
+        Raises:
+            ValueError: it does not; says what would.
+        """
+        if self.heap_mb < (needed := JVM_MB + WORLD_MB * environments):
+            raise ValueError(
+                f"env.sciworld.heap_mb={self.heap_mb} is too little for {environments} environments in a process; set "
+                f"it to {needed} or more"
+            )
 
     @field_validator("tasks")
     @classmethod

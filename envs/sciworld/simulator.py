@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections import deque
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
-from py4j.protocol import Py4JError
+from py4j.protocol import Py4JError, Py4JJavaError
 from scienceworld.constants import JAR_PATH
 
 from envs import SPLITS
@@ -61,6 +62,13 @@ NO_JAVA = (
     "ScienceWorld needs Java 8 or later, and {problem}: install a JRE (Debian and Ubuntu: "
     "`apt-get install default-jre-headless`; conda: `conda install openjdk`)."
 )
+
+JVM_MB, WORLD_MB = 50, 12
+"""Heap that a JVM needs, and with it each environment's world: 10.7 MB live on average over the 24 tasks, and room to
+collect garbage in. A heap that is nearly full leaves the JVM to that for minutes before it gives up."""
+
+OUT_OF_MEMORY = 3
+"""HotSpot's exit code on -XX:+ExitOnOutOfMemoryError."""
 
 
 class Jvm:
@@ -94,6 +102,7 @@ class Jvm:
         except (ValueError, OSError) as error:  # py4j reads the port from Java's first line
             raise ValueError(NO_JAVA.format(problem=f"`{java}` did not start the simulator")) from error
         self.users = 0
+        self._heap_mb = heap_mb
         self._lock = threading.RLock()
         self._last: Server | None = None
         self.gateway = JavaGateway(
@@ -136,15 +145,34 @@ class Jvm:
     def turn(self, server: "Server", seed: object) -> Iterator[None]:
         """Give the simulator to one server object: put its part of the global state back and seed the generator."""
         with self._lock:
-            if self._last is not server:
-                if self._last is not None:
-                    self._last.identifiers = self._identifiers.count()
-                getattr(self._identifiers, "count_$eq")(server.identifiers)
-                self._simplifier.parseSimplificationStr(server.simplifications)
-                self._last = server
-            digest = hashlib.sha256(repr(seed).encode()).digest()
-            self._random.setSeed(int.from_bytes(digest[:6], "big"))
-            yield
+            try:
+                self._prepare(server, seed)
+                yield
+            except Py4JJavaError:
+                raise  # the simulator's, in a JVM that lives
+            except (Py4JError, OSError) as error:
+                if not self._ran_out_of_memory():
+                    raise
+                raise RuntimeError(
+                    f"ScienceWorld's JVM ran out of its {self._heap_mb} MB with {self.users} environments: raise "
+                    "env.sciworld.heap_mb, or have fewer in a process"
+                ) from error
+
+    def _prepare(self, server: "Server", seed: object) -> None:
+        if self._last is not server:
+            if self._last is not None:
+                self._last.identifiers = self._identifiers.count()
+            getattr(self._identifiers, "count_$eq")(server.identifiers)
+            self._simplifier.parseSimplificationStr(server.simplifications)
+            self._last = server
+        digest = hashlib.sha256(repr(seed).encode()).digest()
+        self._random.setSeed(int.from_bytes(digest[:6], "big"))
+
+    def _ran_out_of_memory(self) -> bool:
+        """Whether the JVM has ended by its option ExitOnOutOfMemoryError."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return bool(self.process.wait(1) == OUT_OF_MEMORY)
+        return False
 
     def reachable(self, root: Any) -> set[int]:
         """Ids of the objects that the simulator's parser finds in a room or on the agent."""

@@ -102,7 +102,8 @@ class EngineSettings(BaseModel):
     servers: Annotated[list[str], BeforeValidator(comma_list)] = []
     """With `openai`: where the servers are, as http://a:8000,http://b:8000."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the served weights. `auto`: float32 on a CPU, bfloat16 on a GPU."""
+    """Precision of the served weights. `auto`: bfloat16 where the machine multiplies in it, float32 elsewhere; the
+    manifest says which."""
     concurrency: int = Field(default=64, ge=1)
     """Most requests that the engine works on at once; more wait."""
     kv_cache_gib: float | None = Field(default=None, gt=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from pipeline import precision
 from pipeline.engines import Completion, EngineSettings, Sampling, check_prompt, check_shape
 
 
@@ -36,7 +37,7 @@ class HfEngine:
         self.max_length = max_length
         self._ends = frozenset(end_token_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = "float32" if settings.dtype == "auto" and self._device.type == "cpu" else settings.dtype
+        self._dtype = precision.resolve(settings.dtype)
         self._read(path)
         # One thread is both the queue and the lock: a cancelled request ends before the next one starts.
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")

@@ -333,8 +333,11 @@ def _prepare(path: Path, max_length: int, settings: EngineSettings) -> tuple[dic
 
 
 def _engine_arguments(path: Path, max_length: int, settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+    from pipeline.precision import resolve  # imports torch, which must come after QUIET is set
+
     arguments: dict[str, Any] = {
         "model": str(path),
+        "dtype": resolve(settings.dtype),  # vLLM's own "auto" would serve our float32 weights in float16
         "skip_tokenizer_init": True,
         "max_model_len": max_length,
         "max_num_seqs": settings.concurrency,
@@ -347,15 +350,12 @@ def _engine_arguments(path: Path, max_length: int, settings: EngineSettings, on_
     if not on_cpu:
         refuse_inert(settings, ["threads"], "on a GPU")
         return arguments | {
-            # Policies are saved in float32, which vLLM's own "auto" would serve in float16.
-            "dtype": "bfloat16" if settings.dtype == "auto" else settings.dtype,
             "gpu_memory_utilization": settings.gpu_memory,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": bool(settings.eager),
         }
     refuse_inert(settings, ["gpu_memory", "tensor_parallel"], "without a GPU")
     return arguments | {
-        "dtype": "float32" if settings.dtype == "auto" else settings.dtype,
         "kv_cache_memory_bytes": int((settings.kv_cache_gib or 2.0) * GIB),
         "enforce_eager": settings.eager is not False,
         # The cache serves whole blocks, and what is left of a conversation is computed again each turn: of vLLM's 128
