@@ -9,7 +9,7 @@ this one, so that all are alive. Then each begins another task, `--rounds` times
     MiB        what the workers and their children (the JVM) hold at last; what they share counts once (PSS)
     MiB each   what each episode more than in the row before added, where both rows have all processes
     grown      MiB that came after the first round: what a longer run would add to
-    steps/s    by the clock; and per second of the workers' and children's processor time
+    steps/s    by the clock, and per second of the workers' and children's processor time; without the resets
     answered   sessions whose every observation was the one that the expert got when it played alone
 """
 
@@ -114,19 +114,17 @@ async def _measure(
     ):
         sessions = [await stack.enter_async_context(pool.session()) for _ in range(episodes)]
         children = below(os.getpid())
-        began, spent = time.perf_counter(), cpu_seconds(children)
         for number in range(rounds):
             chosen = [tasks[(place + number) % len(tasks)] for place in range(episodes)]
-            played.append(await _play(sessions, chosen, plans))
+            played.append(await _play(sessions, chosen, plans, children))
             memory.append(resident_mib(children))
-        seconds, spent = time.perf_counter() - began, cpu_seconds(children) - spent
     steps = sum(one.steps for one in played)
     return {
         "episodes": episodes,
         "MiB": memory[-1],
         "grown": memory[-1] - memory[0],
-        "steps/s": steps / seconds,
-        "per CPU s": steps / spent,
+        "steps/s": steps / sum(one.seconds for one in played),
+        "per CPU s": steps / max(sum(one.cpu for one in played), 0.01),
         "answered": sum(all(right) for right in zip(*(one.right for one in played), strict=True)),
         "failures": sorted({failure for one in played for failure in one.failures}),
     }
@@ -136,16 +134,21 @@ class _Played(NamedTuple):
     """One episode of each session."""
 
     steps: int
+    seconds: float
+    """Of the steps, by the clock."""
+    cpu: float
+    """And of processor time."""
     right: list[bool]
     """Of each session, whether it answered as the expert was answered."""
     failures: set[str]
 
 
-async def _play(sessions: list[Session], tasks: list[str], plans: Plans) -> _Played:
+async def _play(sessions: list[Session], tasks: list[str], plans: Plans, children: list[int]) -> _Played:
     """An episode of each session, all of them taking their steps together."""
     failures: set[str] = set()
     begun = await _all(failures, (session.reset(task) for session, task in zip(sessions, tasks, strict=True)))
     right, steps = [answer is not None for answer in begun], 0
+    began, spent = time.perf_counter(), cpu_seconds(children)
     for number in range(max(map(len, plans.values()))):
         going = [place for place, task in enumerate(tasks) if right[place] and number < len(plans[task])]
         turns = [(place, *plans[tasks[place]][number]) for place in going]
@@ -153,7 +156,7 @@ async def _play(sessions: list[Session], tasks: list[str], plans: Plans) -> _Pla
         for (place, _, observation), answer in zip(turns, answers, strict=True):
             right[place] = answer is not None and answer[0] == observation
         steps += len(turns)
-    return _Played(steps, right, failures)
+    return _Played(steps, time.perf_counter() - began, cpu_seconds(children) - spent, right, failures)
 
 
 async def _all(failures: set[str], calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -19,10 +19,11 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +105,8 @@ class AlfWorldPackage:
             "general": {"training_method": "dqn"},
             "rl": {"training": {"max_nb_steps_per_episode": 50}},
         }
-        self._env = AlfredTWEnv(config, train_eval="train").init_env(batch_size=1)
+        with redirect_stdout(sys.stderr):
+            self._env = AlfredTWEnv(config, train_eval="train").init_env(batch_size=1)
 
     def reset(self, task: str) -> str:
         """See `Side`."""

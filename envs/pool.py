@@ -5,12 +5,16 @@
             observation, info = await env.reset(task)
             observation, reward, terminated, truncated, info = await env.step("look around")
 
-A worker is a fresh interpreter that runs this module and hosts up to `slots` environments, which take turns: it answers
-one request at a time. Requests and answers are pickles with their length in front, over the worker's standard input
-and output; what an environment prints goes to standard error. Workers start when they are first needed and are reused.
+A worker hosts up to `slots` environments, which take turns: it answers one request at a time. Workers start when they
+are first needed and are reused. What they are is the pool's `backend`:
 
-A worker whose input ends, because the pool was closed or because the pool's process is gone, ends itself, in the middle
-of a step if need be. Environments tie their own children to the worker's life (ScienceWorld's JVM reads its pipe).
+    local   a fresh interpreter of this machine that runs this module
+    ray     an actor of a Ray cluster, see envs/actors.py
+
+A local worker's requests and answers are pickles with their length in front, over its standard input and output; what
+an environment prints goes to standard error. A worker whose input ends, because the pool was closed or because the
+pool's process is gone, ends itself, in the middle of a step if need be. Environments tie their own children to the
+worker's life (ScienceWorld's JVM reads its pipe).
 """
 
 import asyncio
@@ -25,9 +29,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import IO, Any, Self
+from typing import IO, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -39,7 +43,11 @@ STARTUP_SECONDS = 180.0
 CLOSING_SECONDS = 3.0
 """How long a worker may take to close its environments."""
 
+Greeting = tuple[list[str], str, dict[str, Any]]
+"""What a worker is told first: the pool's `sys.path`, where its environment is imported from, and its settings."""
+
 _LENGTH = struct.Struct("!Q")
+_T = TypeVar("_T")
 
 
 class EnvironmentFailure(RuntimeError):  # noqa: N818 - a failure of the environment, not an error of the caller
@@ -48,6 +56,10 @@ class EnvironmentFailure(RuntimeError):  # noqa: N818 - a failure of the environ
 
 class EnvironmentTimeout(EnvironmentFailure):
     """The environment gave no answer in time; its worker was killed."""
+
+
+class MachineLost(EnvironmentFailure):
+    """The machine of the environment's worker is gone, whatever was played on it."""
 
 
 class EnvPool:
@@ -59,6 +71,10 @@ class EnvPool:
         workers: number of worker processes.
         slots: environments in each, so that `workers * slots` episodes can be played at once.
         timeout: seconds that one request may take, waiting for its turn not included.
+        backend: where the workers are, see above.
+
+    Raises:
+        ValueError: an impossible number, or no way to the workers: no Ray, or no cluster.
     """
 
     def __init__(
@@ -69,6 +85,7 @@ class EnvPool:
         workers: int = 1,
         slots: int = 1,
         timeout: float = 60.0,
+        backend: Literal["local", "ray"] = "local",
     ) -> None:
         if workers < 1 or slots < 1 or timeout <= 0:
             raise ValueError("A pool needs at least one worker, one slot and a positive timeout.")
@@ -76,12 +93,12 @@ class EnvPool:
         """The class of the environments."""
         self.settings: BaseModel = settings or self.env.Settings()
         """Their settings."""
-        self._greeting = (list(sys.path), _path(self.env), self.settings.model_dump())
+        self._link = _links(backend, (list(sys.path), _path(self.env), self.settings.model_dump()))
         self._timeout = timeout
         self._closed = False
         self._free = asyncio.Semaphore(workers * slots)
         self._alone = asyncio.Lock()
-        self._workers = [_Worker(self._greeting, slots) for _ in range(workers)]
+        self._workers = [_Worker(self._link, slots) for _ in range(workers)]
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,7 +126,7 @@ class EnvPool:
         async with self._alone if alone else self._free:
             if self._closed:
                 raise EnvironmentFailure("The pool is closed.")
-            worker = _Worker(self._greeting, 1) if alone else self._pick()
+            worker = _Worker(self._link, 1) if alone else self._pick()
             slot = worker.free.pop()
             try:
                 await worker.call(slot, "open", (), STARTUP_SECONDS)
@@ -118,6 +135,17 @@ class EnvPool:
                 worker.free.append(slot)
                 if alone:
                     await worker.close()
+
+    async def run(self, work: Callable[["Session"], Awaitable[_T]], *, alone: bool = False) -> _T:
+        """Do some work in a session of its own; from its start again, in another, where the machine under it is lost.
+
+        Raises:
+            EnvironmentFailure: see `session` and `Session`; never a `MachineLost`.
+        """
+        while True:
+            with contextlib.suppress(MachineLost):
+                async with self.session(alone=alone) as env:
+                    return await work(env)
 
     def _pick(self) -> "_Worker":
         """The worker with the most free slots; a dead one is replaced first."""
@@ -155,21 +183,56 @@ class Session:
         return answer
 
 
-class _Worker:
-    """The pool's end of one worker process."""
+class Link(Protocol):
+    """The way to one worker: a process, or an actor. One message at a time is under way."""
 
-    def __init__(self, greeting: tuple[list[str], str, dict[str, Any]], slots: int) -> None:
+    async def start(self) -> None:
+        """Start the worker, and wait until it listens; raises as `exchange` does."""
+
+    async def exchange(self, request: tuple[int, str, tuple[Any, ...]]) -> "Answer":
+        """Ask (`Host.answer`'s arguments) and wait for the answer.
+
+        Raises:
+            EOFError, OSError: the worker is gone.
+            ValueError: there cannot be a worker; says what to do.
+        """
+
+    async def ended(self, error: Exception) -> EnvironmentFailure:
+        """How the worker ended, after an exchange that came to this error."""
+
+    def kill(self) -> None:
+        """End the worker by force, whatever it does, if there is one."""
+
+    async def close(self) -> None:
+        """End the worker, in order if it can be done in time, if there is one."""
+
+
+def _links(backend: str, greeting: Greeting) -> Callable[[], Link]:
+    """What makes the links of a pool."""
+    if backend == "local":
+        return lambda: _Process(greeting)
+    from envs import actors
+
+    actors.connect()
+    return lambda: actors.ActorLink(greeting)
+
+
+class _Worker:
+    """The pool's end of one worker."""
+
+    def __init__(self, make_link: Callable[[], Link], slots: int) -> None:
         self.free = list(range(slots))
         """Slots that no session holds."""
         self.failure: EnvironmentFailure | None = None
         """Why the worker is of no more use, if so."""
-        self._greeting, self._slots = greeting, slots
-        self._process: asyncio.subprocess.Process | None = None
+        self._make_link, self._slots = make_link, slots
+        self._link = make_link()
+        self._started = False
         self._turn = asyncio.Lock()
 
     def successor(self) -> "_Worker":
         """A fresh worker in place of this one. Sessions that still hold this one's slots learn of its failure."""
-        return _Worker(self._greeting, self._slots)
+        return _Worker(self._make_link, self._slots)
 
     async def call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float]:
         """Ask and wait for the answer; returns it and the seconds it took inside the environment.
@@ -186,22 +249,36 @@ class _Worker:
             if self.failure:
                 raise type(self.failure)(*self.failure.args)
             try:
-                if self._process is None:
-                    await asyncio.wait_for(self._start(), STARTUP_SECONDS)
-                answer: _Answer = await asyncio.wait_for(self._exchange((slot, verb, args)), timeout)
+                if not self._started:
+                    await asyncio.wait_for(self._link.start(), STARTUP_SECONDS)
+                    self._started = True
+                answer = await asyncio.wait_for(self._link.exchange((slot, verb, args)), timeout)
             except TimeoutError:
                 what = args[0] if args else verb
                 self.failure = EnvironmentTimeout(f"The environment gave no answer to {what!r} in {timeout:g} s.")
             except (EOFError, OSError) as error:
-                self.failure = EnvironmentFailure(f"The environment's worker died ({await self._status() or error}).")
+                self.failure = await self._link.ended(error)
             if self.failure:
-                self._kill()
+                self._link.kill()
                 raise self.failure
         if answer.error:
             raise answer.error
         return answer.value, answer.seconds
 
-    async def _start(self) -> None:
+    async def close(self) -> None:
+        """End the worker; who still asks it learns that the pool is closed."""
+        self.failure = self.failure or EnvironmentFailure("The pool is closed.")
+        await self._link.close()
+
+
+class _Process:
+    """A `Link` to a process of this machine."""
+
+    def __init__(self, greeting: Greeting) -> None:
+        self._greeting = greeting
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
         # An interpreter of its own, not multiprocessing's spawn: that would import the caller's main module again, and
         # with it torch. Its own session keeps Ctrl-C from it, so that the pool closes it in order.
         self._process = await asyncio.create_subprocess_exec(
@@ -212,36 +289,33 @@ class _Worker:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        await self._exchange(self._greeting[1:])
+        await self.exchange(self._greeting[1:])
 
-    async def _exchange(self, message: object) -> "_Answer":
+    async def exchange(self, request: object) -> "Answer":
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        data = pickle.dumps(message)
+        data = pickle.dumps(request)
         self._process.stdin.write(_LENGTH.pack(len(data)) + data)
         await self._process.stdin.drain()
         (length,) = _LENGTH.unpack(await self._process.stdout.readexactly(_LENGTH.size))
-        answer: _Answer = pickle.loads(await self._process.stdout.readexactly(length))
+        answer: Answer = pickle.loads(await self._process.stdout.readexactly(length))
         return answer
 
-    async def _status(self) -> str:
-        """How the process ended, as far as it has."""
-        if self._process is None:
-            return ""
+    async def ended(self, error: Exception) -> EnvironmentFailure:
+        how = str(error)
         with contextlib.suppress(TimeoutError):
-            status = await asyncio.wait_for(self._process.wait(), 1)
-            return f"signal {-status}" if status < 0 else f"exit code {status}"
-        return ""
+            if self._process is not None:
+                status = await asyncio.wait_for(self._process.wait(), 1)
+                how = f"signal {-status}" if status < 0 else f"exit code {status}"
+        return EnvironmentFailure(f"The environment's worker died ({how}).")
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def close(self) -> None:
-        """End the process: by ending its input, or by force."""
-        self.failure = self.failure or EnvironmentFailure("The pool is closed.")
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -249,12 +323,12 @@ class _Worker:
         try:
             await asyncio.wait_for(self._process.wait(), CLOSING_SECONDS + 1)
         except TimeoutError:
-            self._kill()
+            self.kill()
             await self._process.wait()
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     """What a worker sends back."""
 
     value: Any = None
@@ -281,10 +355,10 @@ def serve() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     path, settings = requests.get()
-    host: _Host | None = None
+    host: Host | None = None
     try:
-        host = _Host(path, settings)
-        _send(sink, _Answer())
+        host = Host(path, settings)
+        _send(sink, Answer())
         while (request := requests.get()) is not None:
             _send(sink, host.answer(*request))
     except OSError:
@@ -295,40 +369,40 @@ def serve() -> None:
         done.set()
 
 
-class _Host:
+class Host:
     """The environments of a worker."""
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
         self._path, self._settings = path, settings
         self._envs: dict[int, TextEnv] = {}
 
-    def answer(self, slot: int, verb: str, args: Any) -> _Answer:
+    def answer(self, slot: int, verb: str, args: Any) -> Answer:
         """Do what is asked of the environment in a slot, which is made when a session opens it first."""
         began = time.perf_counter()
         try:
             if verb == "open":
                 if slot not in self._envs:
                     self._envs[slot] = self._make()
-                return _Answer()
+                return Answer()
             if slot not in self._envs:
-                return _Answer(error=EnvironmentFailure("The environment broke before, in this session."))
+                return Answer(error=EnvironmentFailure("The environment broke before, in this session."))
             method, positional, named = args
             value = getattr(self._envs[slot], method)(*positional, **named)
-            return _Answer(value=value, seconds=time.perf_counter() - began)
+            return Answer(value=value, seconds=time.perf_counter() - began)
         except NoSolutionError as error:
-            return _Answer(error=error, seconds=time.perf_counter() - began)
+            return Answer(error=error, seconds=time.perf_counter() - began)
         except ValueError as error:
-            return _Answer(error=_plain(error), seconds=time.perf_counter() - began)
+            return Answer(error=_plain(error), seconds=time.perf_counter() - began)
         except Exception as error:
             # Whatever else an environment raises leaves it in a state nobody knows: the next session gets a new one.
             if slot in self._envs:
                 with contextlib.suppress(Exception):
                     self._envs.pop(slot).close()
             if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-                return _Answer(error=_plain(error))  # a full disk, a folder that cannot be written: the machine's
+                return Answer(error=_plain(error))  # a full disk, a folder that cannot be written: the machine's
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {last.filename}:{last.lineno}"
-            return _Answer(error=EnvironmentFailure(f"The environment broke: {error} ({where})."))
+            return Answer(error=EnvironmentFailure(f"The environment broke: {error} ({where})."))
 
     def _make(self) -> TextEnv:
         module, _, name = self._path.partition(":")
@@ -339,6 +413,7 @@ class _Host:
         return made
 
     def close(self) -> None:
+        """Close them all."""
         for env in self._envs.values():
             with contextlib.suppress(Exception):
                 env.close()
@@ -366,10 +441,15 @@ def _receive(source: IO[bytes]) -> Any:
     return pickle.loads(source.read(_LENGTH.unpack(header)[0]))
 
 
-def _send(sink: IO[bytes], answer: _Answer) -> None:
-    try:
-        data = pickle.dumps(answer)
-    except Exception as error:
-        data = pickle.dumps(_Answer(error=EnvironmentFailure(f"The environment's answer cannot be sent: {error}.")))
+def _send(sink: IO[bytes], answer: Answer) -> None:
+    data = packed(answer)
     sink.write(_LENGTH.pack(len(data)) + data)
     sink.flush()
+
+
+def packed(answer: Answer) -> bytes:
+    """An answer as it travels; one that cannot becomes a failure of the environment."""
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:
+        return pickle.dumps(Answer(error=EnvironmentFailure(f"The environment's answer cannot be sent: {error}.")))

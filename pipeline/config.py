@@ -5,6 +5,7 @@ Every key is a field below with a default and a docstring; `--help` prints them,
 
 import difflib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -117,14 +118,27 @@ class ModelConfig(Section):
 
 
 class WorkersConfig(Section):
-    """The processes that environments run in."""
+    """The processes that environments run in. On the command line `workers=ray` is short for `workers.backend=ray`."""
 
+    backend: Literal["local", "ray"] = "local"
+    """Where they run: on this machine, or as actors of a Ray cluster (the one that RAY_ADDRESS names, else the one this
+    machine is a node of, else one that is started here). The episodes are the same. Needs the extra `ray`."""
     processes: int = Field(2, ge=1)
-    """Worker processes; ScienceWorld starts one JVM in each."""
+    """Worker processes, in all; ScienceWorld starts one JVM in each."""
     slots: int = Field(8, ge=1)
     """Episodes that take turns in one worker; processes x slots episodes are played at once."""
     timeout: float = Field(120, gt=0)
     """Seconds after which an unanswered step counts as lost."""
+
+    @property
+    def here(self) -> int:
+        """How many processes may work side by side on this machine, at what the environments need."""
+        return self.processes if self.backend == "local" else min(self.processes, os.cpu_count() or 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_backend(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
 
 
 class ExpertsConfig(Section):
@@ -452,13 +466,16 @@ def choices_of(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, 
     return own, [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
 
 
+SHORT = {"env": "names", "workers": "backend"}
+"""Sections that one of their keys may stand for: `env=sciworld` is `env.names=sciworld`."""
+
 SHARED = ("run", "reuse", "seed", "arms", "workers")
 """Keys that no arm can have for itself."""
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     """Put the value of `a.b.c` into nested dicts."""
-    path = key.split(".") if key != "env" else ["env", "names"]
+    path = [key, SHORT[key]] if key in SHORT else key.split(".")
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
@@ -520,8 +537,9 @@ def _read_one(recipe: str) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys to values.")
-    if isinstance(tree.get("env"), str | list):
-        tree["env"] = {"names": tree["env"]}
+    for section, key in SHORT.items():
+        if isinstance(tree.get(section), str | list):
+            tree[section] = {key: tree[section]}
     return path, tree
 
 

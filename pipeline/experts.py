@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import envs
+from envs.pool import Session
 from pipeline import arms, jobs, react, runs
 from pipeline.arms import Arm
 from pipeline.config import Config
@@ -141,14 +142,18 @@ async def keep_training_tasks(
     Returns:
         The trajectories that are kept, and what the manifest says of the rest.
     """
+
+    async def look(session: Session) -> tuple[dict[str, str], dict[str, str]]:
+        splits = await jobs.tasks_by_split(session, config.env.dev_tasks)
+        split_of = {task: split for split, tasks in splits.items() for task in tasks}
+        training = [one.id for one in published if split_of.get(one.id) == "train"]
+        return split_of, {task: await session.call("kind", task) for task in training}
+
     async with jobs.open_pool(config, env) as pool:
-        async with pool.session() as session:
-            splits = await jobs.tasks_by_split(session, config.env.dev_tasks)
-            split_of = {task: split for split, tasks in splits.items() for task in tasks}
-            kept = [one for one in published if split_of.get(one.id) == "train"]
-            for one in kept:
-                one.kind = await session.call("kind", one.id)
-        kind_of = {one.id: one.kind for one in kept}
+        split_of, kind_of = await pool.run(look)
+        kept = [one for one in published if one.id in kind_of]
+        for one in kept:
+            one.kind = kind_of[one.id]
         wanted = set(jobs.spread([*kind_of], config.experts.tasks, kind_of.__getitem__))
         kept, beyond = [one for one in kept if one.id in wanted], len(kind_of) - len(wanted)
         differences = await replayed(pool, kept, published=True)

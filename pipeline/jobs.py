@@ -110,8 +110,15 @@ def open_pool(config: Config, env: type[envs.TextEnv]) -> EnvPool:
     """The workers of an environment, once it has what it needs."""
     workers = config.workers
     settings = section(config, env)
-    env.prepare(settings, workers.processes)
-    return EnvPool(env, settings, workers=workers.processes, slots=workers.slots, timeout=workers.timeout)
+    env.prepare(settings, workers.here)
+    return EnvPool(
+        env,
+        settings,
+        workers=workers.processes,
+        slots=workers.slots,
+        timeout=workers.timeout,
+        backend=workers.backend,
+    )
 
 
 def evaluation(arm: Arm, env: str, seed: int, player: Arm | None = None) -> list[Job]:
@@ -329,9 +336,13 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv], dev_tas
     Raises:
         ValueError: the splits of the environment share a task, or the job's has none.
     """
-    async with pool.session() as session:
+
+    async def look(session: Session) -> dict[str, str]:
         tasks = (await tasks_by_split(session, dev_tasks))[job.split]
-        kinds = {task: await session.call("kind", task) for task in tasks}
+        return {task: await session.call("kind", task) for task in tasks}
+
+    kinds = await pool.run(look)
+    tasks = list(kinds)
     if not tasks:
         raise ValueError(f"{job.env} has no tasks in the split {job.split}; is a part of its data missing?")
     if job.only:

@@ -268,16 +268,17 @@ async def play_episodes(
 ) -> None:
     """Play many episodes and append each to the file as it ends.
 
-    An episode whose environment breaks is played once more from its start, on a worker of its own; if that breaks
-    too, it is recorded as an error with reward 0, so that it is counted and not lost. So is one whose expert knows no
-    solution, as an episode that came to nothing. Whatever else goes wrong in one episode (a full disk, a dead engine)
-    ends all of them and is raised as it is.
+    An episode whose machine is lost under it is played again from its start. One whose environment breaks is, too, on a
+    worker of its own; if that breaks again, it is recorded as an error with reward 0, so that it is counted and not
+    lost. So is one whose expert knows no solution, as an episode that came to nothing. Whatever else goes wrong in one
+    episode (a full disk, a dead engine) ends all of them and is raised as it is.
     """
     bar = tqdm(total=len(episodes), desc=label, unit="episode", disable=None)
 
     async def attempt(episode: Episode, *, alone: bool = False) -> Trajectory:
-        async with pool.session(alone=alone) as env:
-            return await play_episode(pool, env, make_player(episode), episode, play, example=example)
+        return await pool.run(
+            lambda env: play_episode(pool, env, make_player(episode), episode, play, example=example), alone=alone
+        )
 
     async def play_one(episode: Episode) -> None:
         try:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 import envs
-from envs.pool import EnvironmentFailure, EnvPool
+from envs.pool import EnvironmentFailure, EnvPool, Session
 from pipeline import config as configuration
 from pipeline import jobs
 from pipeline.config import Config
@@ -66,7 +66,7 @@ async def replayed(pool: EnvPool, trajectories: Sequence[Trajectory], *, publish
 
     async def one(trajectory: Trajectory) -> str | None:
         try:
-            difference = await _first_difference(pool, trajectory, published=published)
+            difference = await pool.run(lambda env: _first_difference(env, trajectory, published=published))
         except EnvironmentFailure as error:
             difference = f"{trajectory.id}: {error}"
         bar.update()
@@ -77,30 +77,29 @@ async def replayed(pool: EnvPool, trajectories: Sequence[Trajectory], *, publish
     return differences
 
 
-async def _first_difference(pool: EnvPool, trajectory: Trajectory, *, published: bool) -> str | None:
-    async with pool.session() as env:
-        task, info = await env.reset(trajectory.id)
-        if task != trajectory.prompt[-1]["content"]:
-            return f"{trajectory.id}: the task was {trajectory.prompt[-1]['content']!r} and is now {task!r}"
-        over = False
-        for number, turn in enumerate(trajectory.turns):
-            place = f"{trajectory.id}, turn {number} ({turn.action})"
-            if over:
-                return f"{place}: the episode is over before it"
-            observation, _, terminated, truncated, info = await env.step(turn.action)
-            over = terminated or truncated
-            if observation != turn.observation and (turn.observation or not published):  # the last one is not published
-                return f"{place}: {turn.observation!r} is now {observation!r}"
-            if not published and (info["reward"], info["valid"]) != (turn.reward, turn.valid):
-                was = f"reward {turn.reward}, {_told(turn.valid)}"
-                return f"{place}: {was} is now reward {info['reward']}, {_told(info['valid'])}"
-        if published:
-            return None
-        before, now = (trajectory.reward, trajectory.success), (info["reward"], info["success"])
-        if before != now:
-            return f"{trajectory.id}: reward and success were {before} and are now {now}"
-        if trajectory.status == EpisodeStatus.COMPLETED and not over:
-            return f"{trajectory.id}: the episode was over and goes on now"
+async def _first_difference(env: Session, trajectory: Trajectory, *, published: bool) -> str | None:
+    task, info = await env.reset(trajectory.id)
+    if task != trajectory.prompt[-1]["content"]:
+        return f"{trajectory.id}: the task was {trajectory.prompt[-1]['content']!r} and is now {task!r}"
+    over = False
+    for number, turn in enumerate(trajectory.turns):
+        place = f"{trajectory.id}, turn {number} ({turn.action})"
+        if over:
+            return f"{place}: the episode is over before it"
+        observation, _, terminated, truncated, info = await env.step(turn.action)
+        over = terminated or truncated
+        if observation != turn.observation and (turn.observation or not published):  # the last one is not published
+            return f"{place}: {turn.observation!r} is now {observation!r}"
+        if not published and (info["reward"], info["valid"]) != (turn.reward, turn.valid):
+            was = f"reward {turn.reward}, {_told(turn.valid)}"
+            return f"{place}: {was} is now reward {info['reward']}, {_told(info['valid'])}"
+    if published:
+        return None
+    before, now = (trajectory.reward, trajectory.success), (info["reward"], info["success"])
+    if before != now:
+        return f"{trajectory.id}: reward and success were {before} and are now {now}"
+    if trajectory.status == EpisodeStatus.COMPLETED and not over:
+        return f"{trajectory.id}: the episode was over and goes on now"
     return None
 
 

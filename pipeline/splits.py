@@ -54,7 +54,7 @@ def task_lists(config: Config, name: str) -> dict[str, list[str]]:
     """
     env = envs.load(name)
     settings = jobs.section(config, env)
-    env.prepare(settings, config.workers.processes)
+    env.prepare(settings, config.workers.here)
     with contextlib.closing(env(settings)) as opened:
         played = {split: opened.tasks(split) for split in envs.SPLITS}
         if config.env.dev_tasks:
