@@ -77,7 +77,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["pairs.min_gap=0.1", "pairs.reward=success"], "has no effect: pairs.reward=success knows 0 and 1 alone"),
         (["pairs.min_turns=5", "pairs.max_turns=4"], "min_turns 5 is more than max_turns 4"),
         (["env=alfworld", "env.sciworld.heap_mb=600"], "has no effect: the run plays alfworld"),
-        (["workers.slots=128"], "heap_mb=512 is too little for 128 environments in a process; set it to 1586 or more"),
+        (["workers.slots=128"], "heap_mb=1024 is too little for 128 environments in a process; set it to 2610 or more"),
     ],
 )
 def test_bad_keys_and_values_are_one_sentence(overrides, complaint):
