@@ -158,11 +158,14 @@ def _reduced_output(
             checkpoint(chunk_logprobs, *piece, use_reentrant=False)
             for piece in zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True)
         ]
-        # FSDP hooks the very tensor that leaves a module: what is returned here must be on the way to the loss.
-        # And it warns of views: hence cat of what has three dimensions already, and clone below.
+        # FSDP warns of views: hence cat of what has three dimensions already, and clone below.
         pieces.append(torch.tensor(_PROBE, device=hidden.device))
-        reduced.append(torch.cat([piece[None, :, None] for piece in pieces], dim=1))
-        return reduced[-1]
+        return torch.cat([piece[None, :, None] for piece in pieces], dim=1)
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        # FSDP and DeepSpeed hook the very tensor that leaves a module: it must be on the way to the loss. The latter
+        # has another one leave it than forward gave.
+        reduced.append(output)
 
     def put_logprobs(_: nn.Module, __: Any, output: Any) -> Any:
         if len(reduced) != 1 or not torch.equal(output.logits, change(reduced[0])):
@@ -175,12 +178,13 @@ def _reduced_output(
 
     # Instance attributes shadow methods; deleting the attribute brings the method back.
     shadowed = head.__dict__.get("forward")
-    hook = causal_lm.register_forward_hook(put_logprobs, prepend=True)
+    hooks = [head.register_forward_hook(keep), causal_lm.register_forward_hook(put_logprobs, prepend=True)]
     head.forward = reduced_forward
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del head.forward
         if shadowed is not None:
             head.forward = shadowed
