@@ -419,6 +419,8 @@ def _share_out_in_float32(accelerator: Any, model: Any, *, bf16: bool) -> None:
         plugin.deepspeed_config["torch_autocast"] = own
         # DeepSpeed 0.19 calls functions that torch 2.13 deprecates, which would warn again and again.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        # The Trainer hides the accumulation from accelerate, which would say so.
+        accelerator.gradient_accumulation_steps = plugin.deepspeed_config["gradient_accumulation_steps"]
         model.float()  # a frozen base, too, as accelerate does for FSDP
     elif plugin := getattr(state, "fsdp_plugin", None):
         if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:

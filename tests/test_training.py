@@ -464,9 +464,11 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(sharing, t
     )
     for kind, train in sharing_worker.KINDS.items():
         for name in sharing_worker.RUNS:
-            alone, folder = tmp_path / "alone" / kind / name, tmp_path / kind / name
-            model, _ = train(alone, bf16=name == "bf16", save_steps=2)
-            save_policy(model, new_policy(SIZES, TEXTS, seed=0)[1], alone / "policy")
+            bf16, folder = name == "bf16", tmp_path / kind / name
+            alone = tmp_path / "alone" / kind / ("bf16" if bf16 else "float32")
+            if not alone.exists():
+                model, _ = train(alone, bf16=bf16, save_steps=2)
+                save_policy(model, new_policy(SIZES, TEXTS, seed=0)[1], alone / "policy")
             facts = json.loads((folder / "facts.json").read_text())
             assert facts["shared_out"]
             assert facts["gradients_shared_out"]
@@ -474,11 +476,11 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(sharing, t
             assert (folder / "policy/adapter/adapter_model.safetensors").exists() == (kind == "lora")
             saved, expected = (AutoModelForCausalLM.from_pretrained(run / "policy") for run in (folder, alone))
             assert type(saved) is LlamaForCausalLM
-            loss, tolerance = log_of(alone)[0]["loss"], 1e-4 if name == "bf16" else 1e-6
+            loss, tolerance = log_of(alone)[0]["loss"], 1e-4 if bf16 else 1e-6
             assert log_of(folder)[0]["loss"] == pytest.approx(loss, rel=tolerance)
             # In bfloat16 how rows are put together moves the last bits, and AdamW's first steps go by signs alone.
-            # DeepSpeed sums in another order in float32, too: 3 of 40,000 weights are 0.0002 off.
-            close = {"rtol": 1e-3, "atol": 1e-2 if name == "bf16" else {"fsdp": 1e-4, "deepspeed": 5e-4}[sharing]}
+            # DeepSpeed rounds otherwise in float32, too: three weights whose gradients are next to 0 are 2e-4 off.
+            close = {"rtol": 1e-3, "atol": 1e-2 if bf16 else {"fsdp": 1e-4, "deepspeed": 5e-4}[sharing]}
             for key, weight in saved.state_dict().items():
                 torch.testing.assert_close(weight, expected.state_dict()[key], **close)
 
