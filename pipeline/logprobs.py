@@ -1,10 +1,11 @@
 """Log-probs of the policy's tokens and turns, without ever holding [batch, length, vocabulary].
 
-The model's own forward runs, so every wrapper around it (DDP, FSDP, PEFT, gradient checkpointing, autocast) does its
-work. Only the output layer behaves otherwise for that one call: it takes the hidden states that stand before a token of
-the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. A chunk's logits are
-not kept for the backward pass but computed again. What leaves the model as `logits` are the log-probs, so that wrappers
-which watch a model's outputs (DDP looking for unused parameters, FSDP hooking the backward pass) see them.
+The model's own forward runs, so every wrapper around it (DDP, FSDP, DeepSpeed, PEFT, gradient checkpointing, autocast)
+does its work. Only the output layer behaves otherwise for that one call: it takes the hidden states that stand before a
+token of the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. A chunk's
+logits are not kept for the backward pass but computed again. What leaves the model as `logits` are the log-probs, so
+that wrappers which watch a model's outputs (DDP looking for unused parameters, FSDP and DeepSpeed hooking the backward
+pass) see them.
 
 Models that change their logits after the output layer (Gemma's soft cap, Cohere's and Granite's scales) get the same
 change inside the chunks. That it is the same is checked in every call, on a few numbers: a model which does anything
@@ -158,11 +159,14 @@ def _reduced_output(
             checkpoint(chunk_logprobs, *piece, use_reentrant=False)
             for piece in zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True)
         ]
-        # FSDP hooks the very tensor that leaves a module: what is returned here must be on the way to the loss.
-        # And it warns of views: hence cat of what has three dimensions already, and clone below.
+        # FSDP warns of views: hence cat of what has three dimensions already, and clone below.
         pieces.append(torch.tensor(_PROBE, device=hidden.device))
-        reduced.append(torch.cat([piece[None, :, None] for piece in pieces], dim=1))
-        return reduced[-1]
+        return torch.cat([piece[None, :, None] for piece in pieces], dim=1)
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        # FSDP and DeepSpeed hook the very tensor that leaves a module: it must be on the way to the loss. DeepSpeed's
+        # hooks, which run before this one, have put another in place of what forward returned.
+        reduced.append(output)
 
     def put_logprobs(_: nn.Module, __: Any, output: Any) -> Any:
         if len(reduced) != 1 or not torch.equal(output.logits, change(reduced[0])):
@@ -175,12 +179,13 @@ def _reduced_output(
 
     # Instance attributes shadow methods; deleting the attribute brings the method back.
     shadowed = head.__dict__.get("forward")
-    hook = causal_lm.register_forward_hook(put_logprobs, prepend=True)
+    hooks = [head.register_forward_hook(keep), causal_lm.register_forward_hook(put_logprobs, prepend=True)]
     head.forward = reduced_forward
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del head.forward
         if shadowed is not None:
             head.forward = shadowed

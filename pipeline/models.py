@@ -10,7 +10,7 @@ import copy
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -161,7 +161,7 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
 
     A LoRA policy is written with the adapter merged in, and the adapter itself in `adapter/`; one whose base is held
     in 4 bits, with what these stand for, in the precision that it was loaded in. In a run of several processes the
-    first one writes and the others wait; all must call, for what FSDP has shared out is gathered.
+    first one writes and the others wait; all must call, for what is shared out is gathered.
 
     Args:
         model: a model of transformers, or one with a LoRA adapter; it is left as it was.
@@ -194,11 +194,9 @@ def _merged(model: Any, adapter: Path) -> Any:
 
 
 def _whole(model: Any) -> Any:
-    """A model whose weights FSDP has shared out, as one on the first process's CPU; any other as it is."""
-    if not any(isinstance(weight, DTensor) for weight in model.parameters()):
-        return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not PartialState().is_main_process:
+    """A model whose weights are shared out, as one on the first process's CPU; any other as it is."""
+    weights = _gathered(model)
+    if not weights:
         return model
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.device("meta"):
@@ -208,6 +206,23 @@ def _whole(model: Any) -> Any:
     whole.load_state_dict(weights, assign=True)
     (whole.get_base_model() if isinstance(model, PeftModel) else whole).tie_weights()
     return whole
+
+
+def _gathered(model: Any) -> dict[str, torch.Tensor]:
+    """The weights that FSDP or DeepSpeed has shared out, on the first process; none elsewhere, or if none are."""
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast("dict[str, torch.Tensor]", get_model_state_dict(model, options=options))
+    if not any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        return {}
+    import deepspeed
+
+    found = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([weight]):
+            if PartialState().is_main_process:
+                found[name] = weight.detach().to("cpu", copy=True)
+    return found
 
 
 @contextlib.contextmanager

@@ -45,9 +45,9 @@ def _train(config: Config, experts: list[Trajectory], stage: runs.Stage, seed: i
         model, tokenizer = models.load_policy(config.model.path, config.model, seed, config.model.revision)
     renderer = Renderer(tokenizer)
     examples, counts = sft_examples(renderer, experts, config.model.max_length)
+    parameters = model.num_parameters()  # which knows that 4-bit weights lie two in a byte, not of DeepSpeed's parts
     facts = training.run_sft(model, examples, config.sft, stage.folder, seed)
     models.save_policy(model, tokenizer, stage.folder / "policy")
     training.drop_checkpoints(stage.folder)
-    parameters = model.num_parameters()  # which knows that 4-bit weights lie two in a byte
     commit = getattr(model.config, "_commit_hash", None)  # of a Hub model
     return counts | facts | {"template_hash": renderer.template_hash, "parameters": parameters, "hub_commit": commit}

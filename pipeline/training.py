@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline import qlora
 from pipeline.batches import Run, Side, check, collate, pad
@@ -61,7 +63,7 @@ def run_sft(
 
     Raises:
         ValueError: no examples, one without a token of the policy, a batch size that the processes cannot share, or a
-            base in 4 bits under FSDP.
+            base in 4 bits under FSDP or DeepSpeed.
         RuntimeError: the loss is no number.
     """
     sides = [(Side(rendered=example),) for example in examples]
@@ -203,10 +205,10 @@ def _train(
     name: str,
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one."""
-    if qlora.is_in_4bit(model) and _uses_fsdp():
+    if qlora.is_in_4bit(model) and (sharing := _sharing()):
         raise ValueError(
-            "FSDP does not share out weights in 4 bits (model.load_in_4bit); launch with pipeline/accelerate/ddp.yaml, "
-            "by which every GPU holds them all."
+            f"{sharing} does not share out weights in 4 bits (model.load_in_4bit); launch with "
+            "pipeline/accelerate/ddp.yaml, by which every GPU holds them all."
         )
     transformers.utils.logging.disable_progress_bar()  # its bars for written files would tear the training's apart
     check(examples)
@@ -224,7 +226,9 @@ def _train(
     with state.main_process_first():
         checkpoint, done = _last_checkpoint(folder / CHECKPOINTS)
     with open_log(folder, done) if state.is_main_process else contextlib.nullcontext() as log:
-        trainer = _TurnTrainer(model, arguments, run, objective, log, callbacks(name, folder, done))
+        trainer = _TurnTrainer(
+            model, arguments, run, objective, log, callbacks(name, folder, done), bf16=uses_bf16(config)
+        )
         started = time.time()
         with packed_attention(causal_lm_of(model)):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -242,7 +246,7 @@ def _train(
         "tokens_per_second": round(run.tokens(since=done) / seconds),
         "first_loss": losses[0],
         "final_loss": losses[-1],
-        "bf16": arguments.bf16,
+        "bf16": uses_bf16(config),
         "processes": arguments.world_size,
     }
 
@@ -273,7 +277,7 @@ def training_arguments(config: TrainingConfig, folder: Path, seed: int) -> Any:
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=uses_bf16(config),
+        bf16=uses_bf16(config) and _sharing() != "DeepSpeed",  # which would hold weights in bfloat16
         use_cpu=cpu,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -289,7 +293,7 @@ def training_arguments(config: TrainingConfig, folder: Path, seed: int) -> Any:
         dataloader_pin_memory=not cpu,
         ddp_find_unused_parameters=False,  # every pass uses every weight
         # FSDP would keep whole gradients on every GPU until the last micro-batch of a step; DDP has them anyway.
-        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": _uses_fsdp()}},
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": _sharing() == "FSDP"}},
     )
     if arguments.n_gpu > 1:
         # One GPU a process: the Trainer would wrap the model in DataParallel, which splits batches its own way.
@@ -311,9 +315,11 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         objective: SftObjective | PreferenceObjective,
         log: JsonlAppender | None,
         extra_callbacks: list[Any],
+        *,
+        bf16: bool,
     ) -> None:
         super().__init__(model=model, args=arguments, data_collator=collate, train_dataset=run)
-        _share_out_in_float32(self.accelerator)
+        _share_out_in_float32(self.accelerator, model, bf16=bf16)
         self.remove_callback(ProgressCallback)  # prints every line of the log into the bar; `_Bar` does not
         for callback in extra_callbacks:
             self.add_callback(callback)
@@ -321,6 +327,7 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         self._steps_per_epoch = run.steps_per_epoch
         self._window = Window(run.max_turns)
         self._log = log
+        self._bf16 = bf16
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -329,7 +336,7 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
         Gradients are averaged over the processes, and shares add up: hence the factor.
         """
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16):
             logprobs = _sides_logprobs(model, inputs["sides"])
         loss, metrics = self._objective(logprobs, inputs)
         self._window.add(metrics)
@@ -359,6 +366,11 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         """Nothing: the Trainer's estimate does not know our batches; `Run.tokens` counts."""
         return 0
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint's weights; DeepSpeed writes them with the moments, and the Trainer would have it do so twice."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Silent about output weights tied to the embedding: a checkpoint holds them once, and they stay tied.
 
@@ -370,6 +382,9 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
 
     def release_model(self) -> None:
         """Undo what training did to the model besides learning."""
+        if self.is_deepspeed_enabled:
+            self.deepspeed.destroy()
+            unset_hf_deepspeed_config()  # or transformers would share out the next model while it loads it
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.__dict__.pop("forward", None)  # a bound copy of the class's own, which deepcopy would share
         self.model.config.use_cache = True
@@ -378,32 +393,42 @@ class _TurnTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped he
         self.model.eval()
 
 
-def _uses_fsdp() -> bool:
-    """Whether `accelerate launch` was told to share weights out."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def _sharing() -> str | None:
+    """What `accelerate launch` was told to share weights out by."""
+    keys = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+    return next((name for name, key in keys.items() if os.environ.get(key, "false").lower() == "true"), None)
 
 
-def _share_out_in_float32(accelerator: Any) -> None:
-    """Have FSDP gather weights and add up gradients in float32; `compute_loss` has autocast compute, as without FSDP.
+def _share_out_in_float32(accelerator: Any, model: Any, *, bf16: bool) -> None:
+    """Have weights gathered and gradients added up in float32, autocast computing, as where nothing is shared out.
 
     By itself accelerate has FSDP cast everything to bfloat16, the log-probs that leave the output layer included.
+    DeepSpeed switches off autocast but its own, which casts what it sends of the modules that it is told of: none here.
 
     Raises:
         ValueError: a way of sharing out weights that is not supported.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed is not supported here; FSDP shares out the same weights, gradients and moments: launch with "
-            "pipeline/accelerate/fsdp.yaml."
-        )
-    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is None:
-        return
-    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "FSDP needs fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false here; launch with "
-            "pipeline/accelerate/fsdp.yaml."
-        )
-    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    state = accelerator.state
+    if plugin := getattr(state, "deepspeed_plugin", None):
+        if plugin.zero_stage != 3 or plugin.zero3_init_flag:
+            raise ValueError(
+                "DeepSpeed needs zero_stage: 3 and zero3_init_flag: false here; launch with "
+                "pipeline/accelerate/deepspeed.yaml."
+            )
+        own = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        plugin.deepspeed_config["torch_autocast"] = own
+        # DeepSpeed 0.19 calls functions that torch 2.13 deprecates, which would warn again and again.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        # The Trainer hides the accumulation from accelerate, which would say so.
+        accelerator.gradient_accumulation_steps = plugin.deepspeed_config["gradient_accumulation_steps"]
+        model.float()  # a frozen base, too, as accelerate does for FSDP
+    elif plugin := getattr(state, "fsdp_plugin", None):
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "FSDP needs fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false here; launch with "
+                "pipeline/accelerate/fsdp.yaml."
+            )
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _last_checkpoint(folder: Path) -> tuple[str | None, int]:

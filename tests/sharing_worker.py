@@ -1,7 +1,4 @@
-"""The script that `torchrun` starts twice, on CPUs, with accelerate's FSDP on: trains, dies, goes on, saves.
-
-accelerate shares weights out on accelerators alone; here it is told that the processes' CPUs are such.
-"""
+"""The script that `torchrun` starts twice, on CPUs, with FSDP or DeepSpeed on: trains, dies, goes on, saves."""
 
 import contextlib
 import json
@@ -14,8 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import GradientState
-from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from pipeline import training
@@ -23,19 +20,24 @@ from pipeline.config import ModelConfig
 from pipeline.models import add_lora, new_policy, save_policy
 from tests.training_worker import SIZES, TEXTS, prefer, tiny_model, train_preference, train_sft
 
-CONFIG = Path(__file__).parent.parent / "pipeline" / "accelerate" / "fsdp.yaml"
+CONFIGS = Path(__file__).parent.parent / "pipeline" / "accelerate"
 
 
-def environment() -> dict[str, str]:
-    """What `accelerate launch` sets for the shipped configuration."""
-    arguments, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(CONFIG), "worker.py"])
+def environment(sharing: str) -> dict[str, str]:
+    """What `accelerate launch` sets for a shipped configuration."""
+    arguments, defaults, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{sharing}.yaml"), "worker.py"])
     )
-    found = prepare_multi_gpu_env(arguments)
+    if sharing == "deepspeed":
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        found = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        found = prepare_multi_gpu_env(arguments)
     return {key: value for key, value in found.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def take_cpus_for_accelerators() -> None:
+    """For FSDP, which accelerate has on accelerators alone."""
     plain = PartialState.__init__
 
     def changed(self, *arguments, **more):
@@ -44,6 +46,23 @@ def take_cpus_for_accelerators() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = changed
+
+
+def share_out_small_weights_over_gloo() -> None:
+    """For DeepSpeed, which would leave weights of this size whole, and compile what stands in for gloo on one CPU."""
+    import deepspeed
+
+    plain = DeepSpeedPlugin.__post_init__
+
+    def changed(self):
+        plain(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = changed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+PREPARE = {"fsdp": take_cpus_for_accelerators, "deepspeed": share_out_small_weights_over_gloo}
 
 
 def train_lora(folder: Path, **changes):
@@ -83,29 +102,34 @@ RUNS = {
 }
 
 
+def is_shared_out(weight: torch.Tensor | None) -> bool:
+    """Whether a process has no more than its part of a weight or gradient: none at all where DeepSpeed holds parts."""
+    return weight is None or isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and not weight.numel())
+
+
 def look_at_gradients() -> list[bool]:
     """Whether each process had no more than its part of every gradient, after each micro-batch from now on."""
     step, found = training._TurnTrainer.training_step, []
 
     def look(self, *arguments, **more):
         loss = step(self, *arguments, **more)
-        found.append(all(isinstance(one.grad, DTensor) for one in self.model.parameters() if one.requires_grad))
+        found.append(all(is_shared_out(one.grad) for one in self.model.parameters() if one.requires_grad))
         return loss
 
     training._TurnTrainer.training_step = look
     return found
 
 
-def main(folder: Path) -> None:
+def main(sharing: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    take_cpus_for_accelerators()
+    PREPARE[sharing]()
     gradients = look_at_gradients()
     tokenizer = new_policy(SIZES, TEXTS, seed=0)[1]
     for kind, train in KINDS.items():
         for name, run in RUNS.items():
             place = folder / kind / name
             model, facts = run(train, place)
-            facts["shared_out"] = all(isinstance(weight, DTensor) for weight in model.parameters())
+            facts["shared_out"] = all(map(is_shared_out, model.parameters()))
             facts["gradients_shared_out"] = all(gradients) and len(gradients) > facts["steps"]
             gradients.clear()
             save_policy(model, tokenizer, place / "policy")
@@ -115,4 +139,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
