@@ -38,7 +38,7 @@ install_into() { # torch by pip, which knows where its own settings say CPU buil
   index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
   if [ -n "$index" ]; then export UV_DEFAULT_INDEX=$index; fi
   # Compiled now, or every stage of a container that sets PYTHONDONTWRITEBYTECODE compiles vLLM anew: 5 s a start.
-  "$python" -m uv pip install --quiet --compile-bytecode --python "$python" --editable ".[$extra,test]"
+  "$python" -m uv pip install --quiet --compile-bytecode --python "$python" --editable ".[$extra${NEEDS:+,$NEEDS}]"
 }
 
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && usable python; then
@@ -47,10 +47,12 @@ else
   exec 9>.venv.lock
   if command -v flock >/dev/null; then flock 9; fi # two first runs at once: the second waits, and finds it made
   if ! cmp -s pyproject.toml .venv/installed.toml; then # new, half-made, or made for other pins
-    echo "Setting up .venv (a minute or a few, once) ..." >&2
     base=$(find_python)
     rm -rf .venv
     "$base" -m venv .venv
+  fi
+  if ! usable .venv/bin/python; then # a first use, or the first one of the tests, which need more
+    echo "Setting up .venv (a minute or a few, once) ..." >&2
     install_into .venv/bin/python
     cp pyproject.toml .venv/installed.toml
   fi

@@ -31,6 +31,9 @@ from benchmarks.process_tree import below, cpu_seconds, resident_mib
 from envs.pool import EnvironmentFailure, EnvPool, Session
 from envs.processes import fresh_processes
 
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+"""Seconds by which the system counts processor time; a rate over fewer than twenty of them is left out."""
+
 Plans = dict[str, list[tuple[str, str]]]
 """Of each task the first actions of its solution, with what they were answered."""
 
@@ -65,9 +68,10 @@ def main() -> None:
             row["MiB each"] = (row["MiB"] - rows[-1]["MiB"]) / (number - rows[-1]["episodes"])
         rows.append(row)
         each = f"{row['MiB each']:.2f}" if "MiB each" in row else ""
+        each_cpu = f"{row['per CPU s']:.1f}" if row["per CPU s"] else ""
         print(
             f"{number:>8}{row['MiB']:>9,.0f}{each:>10}{row['grown']:>8.0f}{row['steps/s']:>9.1f}"
-            f"{row['per CPU s']:>11.1f}{row['answered']:>10}",
+            f"{each_cpu:>11}{row['answered']:>10}",
             *row["failures"],
             flush=True,
         )
@@ -118,13 +122,13 @@ async def _measure(
             chosen = [tasks[(place + number) % len(tasks)] for place in range(episodes)]
             played.append(await _play(sessions, chosen, plans, children))
             memory.append(resident_mib(children))
-    steps = sum(one.steps for one in played)
+    steps, cpu = sum(one.steps for one in played), sum(one.cpu for one in played)
     return {
         "episodes": episodes,
         "MiB": memory[-1],
         "grown": memory[-1] - memory[0],
         "steps/s": steps / sum(one.seconds for one in played),
-        "per CPU s": steps / max(sum(one.cpu for one in played), 0.01),
+        "per CPU s": steps / cpu if cpu > 20 * TICK else None,
         "answered": sum(all(right) for right in zip(*(one.right for one in played), strict=True)),
         "failures": sorted({failure for one in played for failure in one.failures}),
     }

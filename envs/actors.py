@@ -6,7 +6,8 @@ its node. Where a node is lost its sessions raise `MachineLost`, and the next on
 left. What an environment prints stands in Ray's own logs, on its node.
 
 A node needs what this machine has: the project and its packages, Java for ScienceWorld, and, under the same path, the
-folder that the pool's process works in with the data that the environments read.
+folder that the pool's process works in with the data that the environments read. Environment variables (JAVA_HOME) are
+the node's own.
 """
 
 import asyncio
@@ -33,6 +34,9 @@ except ModuleNotFoundError as error:
 
 CONNECTING_SECONDS = 10.0
 """How long a cluster may take to pick up."""
+
+PLACING_SECONDS = 300.0
+"""How long the cluster may take to start a worker, and a node for it, where it makes nodes when they are wanted."""
 
 NEEDED = (
     "Every node needs the project, its packages and its data under the path that they have on this machine, as on a "
@@ -99,8 +103,17 @@ class ActorLink:
         # node, the others can take over its actors.
         kind = ray.remote(Actor).options(scheduling_strategy="SPREAD", max_restarts=0, max_task_retries=0)
         self._actor = kind.remote()
-        if error := (await self._ask("begin", os.getcwd(), self._greeting)).error:
-            raise error
+        try:
+            answer = await asyncio.wait_for(self._ask("begin", os.getcwd(), self._greeting), PLACING_SECONDS)
+        except TimeoutError:
+            cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+            raise ValueError(
+                f"No node of the Ray cluster has taken a worker in {PLACING_SECONDS:g} s: a worker starts where a CPU "
+                f"is free, and the {len(cpus)} nodes that are alive have {sum(cpus):g} of them. Add a node (`ray "
+                "start --address=...`) or free a CPU; what was played is kept."
+            ) from None
+        if answer.error:
+            raise answer.error
 
     async def exchange(self, request: tuple[int, str, tuple[Any, ...]]) -> Answer:
         """See `Link`."""
@@ -109,8 +122,8 @@ class ActorLink:
     async def _ask(self, method: str, *args: Any) -> Answer:
         try:
             answer: Answer = pickle.loads(await getattr(self._actor, method).remote(*args))
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise ValueError(f"A Ray node cannot load this project ({_cause(error)}). {NEEDED}") from None
             raise EOFError(str(error)) from error
         return answer

@@ -40,6 +40,9 @@ from envs import Info, NoSolutionError, TextEnv, load
 STARTUP_SECONDS = 180.0
 """How long a worker may take to start, or an environment to be made: a JVM start, a first look at large files."""
 
+MACHINES = 5
+"""How many machines may be lost under one piece of work, before it is taken for what brings them down."""
+
 CLOSING_SECONDS = 3.0
 """How long a worker may take to close its environments."""
 
@@ -140,12 +143,13 @@ class EnvPool:
         """Do some work in a session of its own; from its start again, in another, where the machine under it is lost.
 
         Raises:
-            EnvironmentFailure: see `session` and `Session`; never a `MachineLost`.
+            EnvironmentFailure: see `session` and `Session`, or machine after machine was lost; never a `MachineLost`.
         """
-        while True:
+        for _ in range(MACHINES):
             with contextlib.suppress(MachineLost):
                 async with self.session(alone=alone) as env:
                     return await work(env)
+        raise EnvironmentFailure(f"{MACHINES} machines were lost under the environment, one after the other.")
 
     def _pick(self) -> "_Worker":
         """The worker with the most free slots; a dead one is replaced first."""
@@ -187,7 +191,11 @@ class Link(Protocol):
     """The way to one worker: a process, or an actor. One message at a time is under way."""
 
     async def start(self) -> None:
-        """Start the worker, and wait until it listens; raises as `exchange` does."""
+        """Start the worker, and wait until it listens; raises as `exchange` does.
+
+        Raises:
+            TimeoutError: it takes too long.
+        """
 
     async def exchange(self, request: tuple[int, str, tuple[Any, ...]]) -> "Answer":
         """Ask (`Host.answer`'s arguments) and wait for the answer.
@@ -250,7 +258,7 @@ class _Worker:
                 raise type(self.failure)(*self.failure.args)
             try:
                 if not self._started:
-                    await asyncio.wait_for(self._link.start(), STARTUP_SECONDS)
+                    await self._link.start()
                     self._started = True
                 answer = await asyncio.wait_for(self._link.exchange((slot, verb, args)), timeout)
             except TimeoutError:
@@ -289,7 +297,7 @@ class _Process:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        await self.exchange(self._greeting[1:])
+        await asyncio.wait_for(self.exchange(self._greeting[1:]), STARTUP_SECONDS)
 
     async def exchange(self, request: object) -> "Answer":
         assert self._process is not None

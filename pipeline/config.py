@@ -135,11 +135,6 @@ class WorkersConfig(Section):
         """How many processes may work side by side on this machine, at what the environments need."""
         return self.processes if self.backend == "local" else min(self.processes, os.cpu_count() or 1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_backend(cls, value: Any) -> Any:
-        return {"backend": value} if isinstance(value, str) else value
-
 
 class ExpertsConfig(Section):
     """Expert trajectories."""

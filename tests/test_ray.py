@@ -10,20 +10,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import ObjectLostError, OutOfMemoryError
 
 import envs
 from envs import NoSolutionError
-from envs.actors import Actor
+from envs.actors import Actor, ActorLink
 from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool, MachineLost
 from pipeline import jobs
 from pipeline.config import Config, PlayConfig, load
@@ -106,11 +107,10 @@ def killing(cluster: Cluster, file: Path, episodes: int):
         kill_a_raylet(cluster)
 
     left: list[int] = []
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    yield left
-    thread.join(30)
-    assert left
+    with ThreadPoolExecutor(1) as executor:
+        killed = executor.submit(wait)
+        yield left
+        killed.result(30)
 
 
 def told(trajectories: list[Trajectory]) -> list[dict]:
@@ -223,6 +223,43 @@ async def test_a_node_without_the_project_is_one_sentence(cluster, monkeypatch):
                 pass
 
 
+async def test_a_cluster_without_room_for_a_worker_is_one_sentence(cluster, monkeypatch):
+    monkeypatch.setattr(envs.actors, "PLACING_SECONDS", 1)
+    monkeypatch.setattr(ray, "remote", ray.remote(num_cpus=64))
+    async with EnvPool(ToyEnv, backend="ray") as pool:
+        with pytest.raises(
+            ValueError, match=r"No node of the Ray cluster has taken a worker in 1 s: .* 3 nodes .* 2 of"
+        ):
+            await pool.run(lambda env: env.reset(TASK))
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("out of memory"), ObjectLostError("ab" * 14, None, "")])
+async def test_whatever_ray_raises_is_the_end_of_the_worker_and_not_of_the_run(error):
+    async def fail(_) -> None:
+        raise error
+
+    link = ActorLink(([], "", {}))
+    link._actor = types.SimpleNamespace(answer=types.SimpleNamespace(remote=fail))
+    with pytest.raises(EOFError) as caught:
+        await link.exchange((0, "open", ()))
+    ended = await link.ended(caught.value)
+    assert str(ended).startswith("The environment's worker died (")
+    assert not isinstance(ended, MachineLost)
+
+
+async def test_work_under_which_every_machine_is_lost_is_given_up():
+    async def lose(_) -> None:
+        begun.append(1)
+        raise MachineLost("The Ray node of the environment's worker is gone.")
+
+    begun: list[int] = []
+    async with EnvPool(ToyEnv) as pool:
+        with pytest.raises(EnvironmentFailure, match=r"^5 machines were lost") as caught:
+            await pool.run(lose)
+    assert not isinstance(caught.value, MachineLost)
+    assert len(begun) == 5
+
+
 async def test_a_worker_that_hangs_or_dies_is_replaced(cluster):
     async with EnvPool(ToyEnv, Settings(child=True), timeout=2, backend="ray") as pool:
         async with pool.session() as env:
@@ -279,7 +316,7 @@ async def test_a_raylet_killed_in_mid_run_costs_no_episode(cluster, tmp_path):
 def test_a_raylet_killed_under_a_job_of_scienceworld_costs_no_episode(cluster, tmp_path, monkeypatch):
     grow(cluster)
     monkeypatch.chdir(tmp_path)
-    env = {"names": ["sciworld"], "sciworld": {"tasks": ["find-living-thing"], "eval_variations": 4}}
+    env = {"names": ["sciworld"], "sciworld": {"tasks": ["find-living-thing"], "eval_variations": 8}}
     tree = {"env": env, "evaluate": {"splits": ["seen"]}}
     (local,) = jobs.baseline(Config(run="local", workers={"processes": 1}, **tree), "sciworld", 0, "expert")
     (there,) = jobs.baseline(Config(run="ray", workers={"slots": 2, "backend": "ray"}, **tree), "sciworld", 0, "expert")
@@ -288,7 +325,7 @@ def test_a_raylet_killed_under_a_job_of_scienceworld_costs_no_episode(cluster, t
     with killing(cluster, there.folder / jobs.EPISODES, 1) as left:
         jobs.run([there])
     assert told(jobs.trajectories([there.folder])) == told(jobs.trajectories([local.folder]))
-    assert left[0] < 4
+    assert left[0] <= 4  # of eight, four of which are under way at any time: some of them on the node that was killed
 
 
 @pytest.mark.slow

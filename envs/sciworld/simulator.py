@@ -65,8 +65,8 @@ NO_JAVA = (
 
 JVM_MB, WORLD_MB = 50, 20
 """Heap that a JVM needs, and with it each environment's world: 10.7 MB live on average over the 24 tasks, and as much
-room again to collect garbage in. 32 environments take 2.5 times the processor time where they have half of that room
-(docs/performance.md), and a heap that is nearly full leaves the JVM to it for minutes before it gives up."""
+room again to collect garbage in. With 14 MB a world 32 environments take 2.5 times the processor time that they take
+with 30 (docs/performance.md), and a heap that is nearly full leaves the JVM to it for minutes before it gives up."""
 
 OUT_OF_MEMORY = 3
 """HotSpot's exit code on -XX:+ExitOnOutOfMemoryError."""
