@@ -95,15 +95,18 @@ def killed(train: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]
 
 
 RUNS = {
-    "plain": lambda train, folder: train(folder, micro_batch_size=2),
-    "checkpointing": lambda train, folder: train(folder, micro_batch_size=2, gradient_checkpointing=True),
-    "bf16": lambda train, folder: train(folder, micro_batch_size=2, bf16=True),
+    "plain": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2),
+    "checkpointing": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2, gradient_checkpointing=True),
+    "bf16": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2, bf16=True),
     "killed": killed,
 }
 
 
 def is_shared_out(weight: torch.Tensor | None) -> bool:
-    """Whether a process has no more than its part of a weight or gradient: none at all where DeepSpeed holds parts."""
+    """Whether a process has no more than its part of a weight or gradient: none at all where DeepSpeed holds parts.
+
+    What DeepSpeed holds of gradients stands in buffers of its own, so of them this says only that no whole one is left.
+    """
     return weight is None or isinstance(weight, DTensor) or (hasattr(weight, "ds_id") and not weight.numel())
 
 

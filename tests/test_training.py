@@ -51,6 +51,12 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def distance(one, other) -> float:
+    """Between two models' weights: the length of the difference."""
+    theirs = other.state_dict()
+    return math.sqrt(sum(float((weight - theirs[key]).pow(2).sum()) for key, weight in one.state_dict().items()))
+
+
 def assert_same_run(one, other, folder: Path, other_folder: Path, **tolerance):
     for (name, weight), other_weight in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(weight, other_weight, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
@@ -474,15 +480,12 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(sharing, t
             assert facts["gradients_shared_out"]
             assert (facts["processes"], facts["resumed_at_step"]) == (2, 2 if name == "killed" else 0)
             assert (folder / "policy/adapter/adapter_model.safetensors").exists() == (kind == "lora")
+            losses, expected_losses = ([line["loss"] for line in log_of(run)] for run in (folder, alone))
+            assert losses == pytest.approx(expected_losses, rel=2e-3 if bf16 else 1e-5)
             saved, expected = (AutoModelForCausalLM.from_pretrained(run / "policy") for run in (folder, alone))
             assert type(saved) is LlamaForCausalLM
-            loss, tolerance = log_of(alone)[0]["loss"], 1e-4 if bf16 else 1e-6
-            assert log_of(folder)[0]["loss"] == pytest.approx(loss, rel=tolerance)
-            # In bfloat16 how rows are put together moves the last bits, and AdamW's first steps go by signs alone.
-            # DeepSpeed rounds otherwise in float32, too: three weights whose gradients are next to 0 are 2e-4 off.
-            close = {"rtol": 1e-3, "atol": 1e-2 if bf16 else {"fsdp": 1e-4, "deepspeed": 5e-4}[sharing]}
-            for key, weight in saved.state_dict().items():
-                torch.testing.assert_close(weight, expected.state_dict()[key], **close)
+            # AdamW's first steps go by signs alone: where a gradient is next to 0, its last bits move the weight.
+            assert distance(saved, expected) < (0.1 if bf16 else 0.002) * distance(tiny_model(), expected)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
