@@ -139,6 +139,7 @@ def load_policy(path: str | Path, config: ModelConfig, seed: int = 0, revision: 
             "chat_template.jinja has one), or set model.path to a copy with a template added."
         )
     _check_length(model.config, path, config)
+    qlora.compute_as_autocast(model, bf16=False)
     return add_lora(model, config, seed), tokenizer
 
 

@@ -45,6 +45,8 @@ def is_in_4bit(model: Any) -> bool:
 def compute_as_autocast(model: Any, *, bf16: bool) -> None:
     """Have the 4-bit layers of a policy, if it has any, compute as autocast has others, for it does not reach them.
 
+    A policy is loaded to compute without autocast; training and scoring then say what they do.
+
     In scoring they compute as in training. bitsandbytes has another kernel for the former on CPUs with AVX512-BF16, of
     other rounding, for which it packs the weights so that no gradient flows through them any more.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import models
@@ -241,6 +242,14 @@ def test_a_base_in_4_bits_is_close_to_the_base(folder):
     with torch.no_grad():
         difference = (rounded(IDS).logits.log_softmax(-1) - base(IDS).logits.log_softmax(-1)).abs().max()
     assert 1e-3 < difference < 0.2
+
+
+def test_a_base_in_4_bits_computes_by_the_kernel_of_training_on_every_cpu(folder, monkeypatch):
+    """On a CPU with AVX512-BF16, bitsandbytes would take another one for inference, of other rounding."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layers = [module for module in load_policy(folder, QLORA)[0].modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert {(layer.support_avx512bf16_for_cpu, layer.compute_dtype) for layer in layers} == {(False, torch.float32)}
 
 
 def test_4_bits_without_bitsandbytes_are_refused_with_what_installs_it(folder, monkeypatch):
