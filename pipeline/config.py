@@ -233,6 +233,10 @@ class RolloutConfig(Section):
         return self
 
 
+def _is_empty(value: Any) -> bool:
+    return value is None
+
+
 class PairsConfig(Section):
     """Win/lose pairs: who competes on a task, what makes a pair, and how much noise the pairs hold.
 
@@ -257,11 +261,18 @@ class PairsConfig(Section):
     """Least turns of the loser, after the cut; a shorter one drops the pair."""
     max_turns: int | None = Field(None, ge=1)
     """Most turns of the loser, after the cut; a longer one drops the pair. Empty: no limit."""
+    min_turn_gap: int | None = Field(None, ge=1, exclude_if=_is_empty)
+    """Least difference of the two sides' numbers of turns, whichever is longer, after the cut; a smaller one drops the
+    pair. Empty: no limit."""
+    max_turn_gap: int | None = Field(None, ge=0, exclude_if=_is_empty)
+    """Most difference of the two sides' numbers of turns, after the cut; a larger one drops the pair. Empty: no
+    limit."""
     noisy: Literal["keep", "drop", "only"] = "keep"
     """What to do with losers that, after the cut, repeat actions or hold meaningless text (defined in
     pipeline/noise.py): `keep` is the paper's noisy setting, `drop` its clean one, `only` keeps nothing else."""
     limit: int | None = Field(None, ge=1)
-    """Keep at most this many pairs, drawn by the run's seed. Empty: all."""
+    """Train on so many pairs, drawn by the run's seed, for arms that are to differ in what their pairs are and not in
+    how many; fewer are an error. Empty: all."""
     corrupted: float = Field(0.0, ge=0, le=1)
     """Share of the pairs whose loser is corrupted, drawn by the run's seed; a larger share holds a smaller one's."""
     corruption: Literal["repeat", "random"] = "repeat"
@@ -277,6 +288,9 @@ class PairsConfig(Section):
     def _some_length(self) -> "PairsConfig":
         if self.max_turns is not None and self.max_turns < self.min_turns:
             raise ValueError(f"min_turns {self.min_turns} is more than max_turns {self.max_turns}; no loser fits")
+        least, most = self.min_turn_gap, self.max_turn_gap
+        if least is not None and most is not None and most < least:
+            raise ValueError(f"min_turn_gap {least} is more than max_turn_gap {most}; no pair fits")
         return self
 
 
@@ -413,17 +427,28 @@ class Config(Section):
             of_data = [key for key in keys if key.partition(".")[0] in ("env", "experts") and key != "env.others"]
             if keys.get("env.others") and of_data:
                 raise ValueError(f"arms.{name}: with env.others the data are the run's own; leave {of_data[0]} out")
-            own, choices = choices_of(keys)
-            if choices and not self.env.dev_tasks:
-                raise ValueError(f"arms.{name}: choose needs a dev split; set env.dev_tasks")
-            try:
-                methods = {method for one in [{}, *choices] for method in self.differing(own | one).method}
-                self.differing(own).when_evaluated  # noqa: B018
-            except ValidationError as error:
-                raise ValueError(_explain(error, f"arms.{name}").removesuffix(".")) from None
-            if "method" not in own or len(methods) != 1:
-                raise ValueError(f"arms.{name}: an arm has one method, as in {{method: dmpo, train.beta: 0.5}}")
+            self._check_policies(name, *choices_of(keys))
         return self
+
+    def _check_policies(self, arm: str, own: dict[str, Any], choices: list[dict[str, Any]]) -> None:
+        """Refuse an arm whose policy, or one that it may choose, cannot be, and one of whose keys makes no difference.
+
+        Raises:
+            ValueError: names the arm.
+        """
+        if choices and not self.env.dev_tasks:
+            raise ValueError(f"arms.{arm}: choose needs a dev split; set env.dev_tasks")
+        try:
+            recipes = [self.differing(own | one) for one in [{}, *choices]]
+            recipes[0].when_evaluated  # noqa: B018
+        except ValidationError as error:
+            raise ValueError(_explain(error, f"arms.{arm}").removesuffix(".")) from None
+        if "method" not in own or len({method for one in recipes for method in one.method}) != 1:
+            raise ValueError(f"arms.{arm}: an arm has one method, as in {{method: dmpo, train.beta: 0.5}}")
+        for key in [*own, *(choices[0] if choices else ())]:
+            reasons = [_inert(key, one) for one in recipes[1:] or recipes]
+            if all(reasons):
+                raise ValueError(f"arms.{arm}: {key} has no effect: {reasons[0]}")
 
     def differing(self, keys: Mapping[str, Any]) -> "Config":
         """This recipe with other values for some dotted keys, and without arms.
@@ -458,6 +483,8 @@ def choices_of(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, 
     grid = keys.get("choose") or {}
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise ValueError("choose: name keys and for each a list of values, as in {train.gamma: [0.5, 0.9]}")
+    if twice := [key for key, values in grid.items() if len(set(map(str, values))) < len(values)]:
+        raise ValueError(f"choose: {twice[0]} has the same value twice")
     return own, [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
 
 
@@ -568,7 +595,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     if config.env.others:
         raise ValueError(f"{path}: env.others is for arms, as in {{method: sft, env.others: true}}.")
     for override in overrides:
-        if reason := _inert(override.partition("=")[0], config):
+        if reason := _inert_for_all(override.partition("=")[0], config):
             raise ValueError(f"{override!r} has no effect: {reason}.")
     return config if config.run else config.model_copy(update={"run": _run_name(path)})
 
@@ -579,17 +606,52 @@ def _run_name(path: Path) -> str:
     return "-".join(inside.with_suffix("").parts)
 
 
+PREFERRING = {method for method in Method if method.discount is not None}
+USED_BY = {
+    "rollout": {*PREFERRING, Method.RFT},
+    **dict.fromkeys(
+        ("rollout.samples", "rollout.tasks", "rollout.undemonstrated"), {*PREFERRING, Method.RFT} - {Method.STEP}
+    ),
+    "pairs": PREFERRING,
+    "train": PREFERRING,
+    "train.gamma": {method for method in PREFERRING if method.discount and method.discount.uses_gamma},
+    **{method.value: {method} for method in (Method.RFT, Method.BON, Method.STEP)},
+}
+"""The methods that a section, or a key of it, is for; what is not here is for all of them."""
+
+
+def _inert_for_all(key: str, config: Config) -> str | None:
+    """Why a key on the command line changes no policy of the run, if so; what a recipe holds is not judged."""
+    plain: list[dict[str, Any]] = [{"method": method} for method in dict.fromkeys([Method.SFT, *config.method])]
+    arms = [own | one for own, choices in map(choices_of, config.arms.values()) for one in choices or [{}]]
+    reasons = [
+        "the arms have values of their own" if key in keys else _inert(key, config.differing(keys))
+        for keys in [*plain, *arms]
+    ]
+    if key == "method" or not all(reasons):
+        return None
+    return "; ".join(dict.fromkeys(filter(None, reasons[1:] or reasons)))  # the first is policy 0's
+
+
 def _inert(key: str, config: Config) -> str | None:
-    """Why a key on the command line changes nothing, if so; a recipe may hold keys for other overrides than these."""
+    """Why a key changes nothing in a recipe of one method, if so."""
+    (method,) = config.method
     section, _, name = key.partition(".")
+    if key == "evaluate.env":
+        return next(filter(None, (_inert(f"env.{one}", config) for one in config.evaluate.env)), None)
+    if method not in USED_BY.get(key, USED_BY.get(section, set(Method))):
+        return f"method={method} makes no use of it"
+    if method == Method.STEP and section == "pairs" and not config.step.with_trajectories:
+        return "method=step makes no use of it without step.with_trajectories"
+    if method == Method.RFT and section == "rollout" and config.rft.min_reward is None:
+        return "rft.min_reward is empty, so nothing that was explored is learned from"
+    if key == "train.reference" and config.train.rounds == 1 and method != Method.ETO:
+        return "train.rounds is 1"
     of_env = name.partition(".")[0] if section == "env" else ""
     if of_env in ENVIRONMENTS and of_env not in config.env.names:
         return f"the run plays {', '.join(config.env.names)}"
-    steps = {"sft.epochs": config.sft.max_steps, "train.epochs": config.train.max_steps}.get(key)
-    if steps is not None:
+    if name == "epochs" and (steps := getattr(config, section).max_steps) is not None:
         return f"{section}.max_steps={steps} decides; set that to nothing ({section}.max_steps=)"
-    if key == "train.gamma" and not config.arms and not any(_has_gamma(method) for method in config.method):
-        return f"method={','.join(config.method)} has no gamma"
     if key == "model.lora_alpha" and not config.model.lora_rank:
         return "model.lora_rank is 0"
     if key == "env.alfworld.expert" and config.experts.source is not None:
@@ -599,10 +661,6 @@ def _inert(key: str, config: Config) -> str | None:
     if key == "pairs.min_gap" and config.pairs.reward == "success":
         return "pairs.reward=success knows 0 and 1 alone"
     return None
-
-
-def _has_gamma(method: Method) -> bool:
-    return method.discount is not None and method.discount.uses_gamma
 
 
 def beside(file: Path) -> Config:

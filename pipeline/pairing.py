@@ -5,7 +5,7 @@ With its defaults as the paper and ETO's `construct_preference.py` have it. The 
 - the losing trajectory is not cut at the winner's number of turns + 5 unless `cut=official`; ETO's code has that on
   WebShop and ScienceWorld and not on ALFWorld, and like there an expert that loses is never cut;
 - which losers are noisy follows the rules of `pipeline/noise.py`: the paper gives none;
-- best against worst of several samples, limits of length, and noise put in on purpose are ours.
+- best against worst of several samples, limits of length and number, and noise put in on purpose are ours.
 
 Every explored trajectory that makes no pair is counted with the reason. What was done to a trajectory stands behind its
 source: `sft/seed0/1+cut7+repeat3` lost its last seven turns, then one of its turns was repeated three times; `+flipped`
@@ -45,6 +45,9 @@ def build(
     Returns:
         The pairs, ordered by task and sample, and how many explored trajectories are in none of them, by reason. All
         samples of a contest that makes no pair are counted under its reason.
+
+    Raises:
+        ValueError: there are fewer pairs than `limit`; says how many, and what made none.
     """
     expert_of = {trajectory.id: trajectory for trajectory in experts}
     pairs: list[Pair] = []
@@ -64,6 +67,11 @@ def build(
             else:
                 pairs.append(result)
                 dropped["neither best nor worst"] += competed - _explored_in(result)
+    if rules.limit is not None and len(pairs) < rules.limit:
+        raise ValueError(
+            f"{len(pairs)} pairs are fewer than pairs.limit={rules.limit} ({told(+dropped)}); set a limit that "
+            "every arm reaches, explore more (rollout.tasks, rollout.samples), or loosen the rules (pairs)"
+        )
     kept = _limited(pairs, rules.limit, seed)
     dropped["beyond pairs.limit"] = sum(map(_explored_in, pairs)) - sum(map(_explored_in, kept))
     return _with_noise(kept, rules, seed), +dropped
@@ -138,6 +146,11 @@ def facts(pairs: Sequence[Pair], dropped: Counter[str]) -> dict[str, Any]:
     }
 
 
+def told(dropped: Counter[str]) -> str:
+    """The reasons for which trajectories are in no pair, the most frequent first."""
+    return "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common()) or "nothing else was explored"
+
+
 def _unfit(sample: Trajectory, expert_of: dict[str, Trajectory], rules: PairsConfig) -> str:
     """Why an explored trajectory competes with nobody, if so."""
     if rules.contest == "expert" and sample.id not in expert_of:
@@ -178,19 +191,24 @@ def _pair_or_reason(entrants: list[Trajectory], rules: PairsConfig) -> Pair | st
 
 
 def _refused(pair: Pair, rules: PairsConfig) -> str:
-    """What the rules have against a pair's loser, if anything."""
+    """What the rules have against a pair's lengths or its loser, if anything."""
+    gap = abs(pair.chosen_turns - pair.rejected_turns)
     if pair.rejected_turns < rules.min_turns:
         return "loser shorter than min_turns"
     if rules.max_turns is not None and pair.rejected_turns > rules.max_turns:
         return "loser longer than max_turns"
+    if rules.min_turn_gap is not None and gap < rules.min_turn_gap:
+        return "lengths closer than min_turn_gap"
+    if rules.max_turn_gap is not None and gap > rules.max_turn_gap:
+        return "lengths farther apart than max_turn_gap"
     if rules.noisy == "keep" or noise.is_noisy(pair.rejected) == (rules.noisy == "only"):
         return ""
     return "loser is noisy" if rules.noisy == "drop" else "loser is not noisy"
 
 
 def _limited(pairs: list[Pair], limit: int | None, seed: int) -> list[Pair]:
-    """At most `limit` of the pairs, drawn by the seed, in the order they had."""
-    if limit is None or len(pairs) <= limit:
+    """`limit` of the pairs, drawn by the seed, in the order they had."""
+    if limit is None:
         return pairs
     return [pairs[number] for number in sorted(random.Random(f"{seed} limit").sample(range(len(pairs)), limit))]
 

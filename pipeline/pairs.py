@@ -31,12 +31,15 @@ def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
             return
         experts = read_jsonl(inputs["experts"] / jobs.EPISODES, Trajectory)
         explored = jobs.trajectories(explorations.values())
-        pairs, dropped = build(arm, experts, explored, seed)
+        try:
+            pairs, dropped = build(arm, experts, explored, seed)
+        except ValueError as error:
+            raise ValueError(f"{env}, seed {seed}, {arm.name}: {error}.") from None
         if not pairs:
             raise ValueError(
-                f"{env}, seed {seed}: none of {len(explored)} explored trajectories makes a pair "
-                f"({_told(dropped)}); explore more tasks (rollout.tasks), more often (rollout.samples) or at a higher "
-                "rollout.temperature, or loosen the rules (pairs)."
+                f"{env}, seed {seed}, {arm.name}: none of {len(explored)} explored trajectories makes a pair "
+                f"({pairing.told(dropped)}); explore more tasks (rollout.tasks), more often (rollout.samples) or at "
+                "a higher rollout.temperature, or loosen the rules (pairs)."
             )
         write_jsonl(stage.folder / PAIRS, pairs)
         stage.facts.update(pairing.facts(pairs, dropped))
@@ -54,7 +57,3 @@ def build(
         more, reasons = pairing.build(experts, whole, arm.config.pairs, seed)
         return pairs + more, dropped + reasons
     return pairs, dropped
-
-
-def _told(dropped: Counter[str]) -> str:
-    return "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common()) or "nothing was explored"

@@ -154,6 +154,40 @@ def test_an_arm_that_cannot_be_is_one_sentence(tmp_path, named, complaint):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"method": "dpo", "train.gamma": 0.9}, "train.gamma has no effect: method=dpo makes no use of it"),
+        ({"method": "mean", "train.gamma": 0.9}, "train.gamma has no effect: method=mean makes no use of it"),
+        ({"method": "bon", "train.beta": 3}, "train.beta has no effect: method=bon makes no use of it"),
+        ({"method": "sft", "train.nll": 0.5}, "train.nll has no effect: method=sft makes no use of it"),
+        ({"method": "sft", "bon.samples": 3}, "bon.samples has no effect: method=sft makes no use of it"),
+        ({"method": "step", "pairs.corrupted": 0.5}, "makes no use of it without step.with_trajectories"),
+        ({"method": "dmpo", "train.reference": "kept"}, "train.reference has no effect: train.rounds is 1"),
+        ({"method": "dmpo", "train.epochs": 2, "train.max_steps": 9}, "train.epochs has no effect: train.max_steps=9"),
+        ({"method": "dmpo", "pairs.corruption": "random"}, "pairs.corruption has no effect: pairs.corrupted is 0"),
+        ({"method": "dmpo", "env.webshop.products": 200}, "env.webshop.products has no effect: the run plays sciworld"),
+        (
+            {"method": "sft", "evaluate.env": {"webshop.products": 200}},
+            "evaluate.env has no effect: the run plays sciworld",
+        ),
+        (
+            {"method": "dpo", "choose": {"train.gamma": [0.5, 0.9]}},
+            "train.gamma has no effect: method=dpo makes no use of it",
+        ),
+        ({"method": "dpo", "choose": {"train.beta": [0.5, 0.5]}}, "choose: train.beta has the same value twice"),
+    ],
+)
+def test_a_key_that_makes_no_difference_to_its_arm_is_refused(keys, reason):
+    with pytest.raises(ValidationError, match=reason):
+        recipe(env={"dev_tasks": 9}, arms={"x": keys})
+
+
+def test_a_key_that_one_of_the_candidates_uses_is_accepted():
+    keys = {"method": "step", "pairs.limit": 9, "choose": {"step.with_trajectories": [False, True]}}
+    assert len(arm("x", env={"dev_tasks": 9}, arms={"x": keys}).candidates) == 2
+
+
 def test_candidates_are_every_combination_of_values():
     own, grid = choices_of({"method": "dmpo", "choose": {"train.gamma": [0.1, 0.9], "train.beta": [1]}})
     assert own == {"method": "dmpo"}

@@ -70,12 +70,24 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["engine.name=hf", "engine.concurrency=4"], "engine.concurrency has no effect with engine.name=hf"),
         (["experts.source=x.json", "env=sciworld,webshop"], "experts.source holds the data of one environment"),
         (["sft.epochs=9"], "'sft.epochs=9' has no effect: sft.max_steps=700 decides"),
-        (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=dpo has no gamma"),
+        (["train.gamma=0.5", "method=trajectory"], "'train.gamma=0.5' has no effect: method=dpo makes no use of it"),
+        (["train.gamma=0.5", "method=dpo,rft"], "method=dpo makes no use of it; method=rft makes no use of it"),
+        (["train.beta=3", "method=rft"], "'train.beta=3' has no effect: method=rft makes no use of it"),
+        (["train={beta: 3}", "method=rft"], "has no effect: method=rft makes no use of it"),
+        (["rft.epochs=3"], "'rft.epochs=3' has no effect: method=dmpo makes no use of it"),
+        (["rft.epochs=3", "rft.max_steps=9", "method=rft"], "has no effect: rft.max_steps=9 decides"),
+        (["rollout.tasks=9", "method=sft"], "has no effect: method=sft makes no use of it"),
+        (["rollout.samples=4", "method=step"], "has no effect: method=step makes no use of it"),
+        (["rollout.tasks=9", "method=rft", "rft.min_reward="], "rft.min_reward is empty, so nothing that was explored"),
+        (["pairs.limit=5", "method=step"], "method=step makes no use of it without step.with_trajectories"),
+        (["train.reference=kept"], "'train.reference=kept' has no effect: train.rounds is 1"),
+        (["evaluate.env={webshop.catalogue_seed: 1}", "env=alfworld"], "has no effect: the run plays alfworld"),
         (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
         (["model.load_in_4bit=true"], "load_in_4bit is of the frozen base of a LoRA policy; set model.lora_rank"),
         (["pairs.corruption=random"], "has no effect: pairs.corrupted is 0"),
         (["pairs.min_gap=0.1", "pairs.reward=success"], "has no effect: pairs.reward=success knows 0 and 1 alone"),
         (["pairs.min_turns=5", "pairs.max_turns=4"], "min_turns 5 is more than max_turns 4"),
+        (["pairs.min_turn_gap=5", "pairs.max_turn_gap=4"], "min_turn_gap 5 is more than max_turn_gap 4"),
         (["env=alfworld", "env.sciworld.heap_mb=600"], "has no effect: the run plays alfworld"),
         (["workers.slots=128"], "heap_mb=1024 is too little for 128 environments in a process; set it to 2610 or more"),
     ],
@@ -85,6 +97,37 @@ def test_bad_keys_and_values_are_one_sentence(overrides, complaint):
         load("tiny", overrides)
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.gamma=0.5", "method=dpo,dmpo"],
+        ["pairs.limit=5", "method=step", "step.with_trajectories=true"],
+        ["train.reference=kept", "method=eto"],
+        ["train.reference=kept", "train.rounds=2"],
+        ["rollout.temperature=1", "method=step"],
+        ["rollout.samples=4", "method=rft"],
+        ["bon.samples=3", "method=dmpo,bon"],
+    ],
+)
+def test_what_changes_one_of_the_policies_is_accepted(overrides):
+    assert load("tiny", overrides).run == "tiny"
+
+
+def test_a_recipe_may_hold_keys_for_other_methods_than_it_has(recipe):
+    path = recipe("method: [rft]\ntrain: {gamma: 0.2}\nstep: {samples: 2}\npairs: {limit: 9}\n")
+    assert load(path, ["method=dmpo"]).train.gamma == 0.2
+    assert load(path).method == ["rft"]
+
+
+def test_an_override_of_what_every_arm_says_itself_is_refused(recipe):
+    path = recipe("method: [sft]\narms: {a: {method: dmpo, train.beta: 1}, b: {method: dpo, train.beta: 2}}\n")
+    assert load(path, ["train.nll=1"]).train.nll == 1
+    with pytest.raises(ValueError, match=r"'train.beta=3' has no effect: the arms have values of their own\.$"):
+        load(path, ["train.beta=3"])
+    with pytest.raises(ValueError, match="the arms have values of their own; method=rft makes no use of it"):
+        load(recipe("method: []\narms: {a: {method: dmpo, train.beta: 1}, b: {method: rft}}\n"), ["train.beta=3"])
 
 
 def test_an_unknown_recipe_lists_the_known_ones():

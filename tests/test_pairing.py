@@ -9,6 +9,7 @@ from pipeline.config import PairsConfig, load
 from pipeline.pairing import build, facts
 from pipeline.react import assistant, observation
 from pipeline.records import EpisodeStatus, Turn
+from pipeline.runs import settings_of
 from tests.test_records import trajectory
 
 EXPERT = {"policy": "expert", "reward": 1.0, "success": True, "status": EpisodeStatus.COMPLETED}
@@ -176,6 +177,26 @@ def test_a_loser_too_short_or_too_long_makes_no_pair(rules, dropped):
     assert (len(pairs), counted) == (1 - len(dropped), dropped)
 
 
+@pytest.mark.parametrize(
+    ("rules", "dropped"),
+    [
+        ({"min_turn_gap": 7, "max_turn_gap": 7}, {}),
+        ({"min_turn_gap": 8}, {"lengths closer than min_turn_gap": 1}),
+        ({"max_turn_gap": 6}, {"lengths farther apart than max_turn_gap": 1}),
+    ],
+)
+@pytest.mark.parametrize("loser_is_longer", [True, False])
+def test_sides_too_like_or_too_unlike_in_length_make_no_pair(rules, dropped, loser_is_longer):
+    short, long = expert(reward=float(loser_is_longer)), played(8, reward=0.5)
+    pairs, counted = made([long], PairsConfig(**rules), experts=[short])
+    assert (len(pairs), counted) == (1 - len(dropped), dropped)
+    assert all((one.rejected_turns > one.chosen_turns) == loser_is_longer for one in pairs)
+
+
+def test_the_gap_is_that_of_the_cut_loser():
+    assert len(made([played(8)], PairsConfig(max_turn_gap=5, cut="official"))[0]) == 1
+
+
 def test_noisy_losers_are_kept_dropped_or_kept_alone():
     clean = played(3)
     noisy = played(3, sample=1)
@@ -209,6 +230,23 @@ def test_the_limit_draws_by_the_seed_and_keeps_the_order():
     assert ids[0] != ids[1]
     assert made(explored, PairsConfig(limit=5), experts, 1) == kept[1]
     assert made(explored, PairsConfig(limit=20), experts)[1] == {}
+
+
+def test_fewer_pairs_than_the_limit_are_an_error_that_says_why():
+    experts, explored = many(4)
+    explored[0].reward = 1.0
+    with pytest.raises(
+        ValueError, match=r"^3 pairs are fewer than pairs.limit=4 \(tie: 1\); set a limit that every arm"
+    ):
+        made(explored, PairsConfig(limit=4), experts)
+
+
+def test_pairs_made_before_there_were_limits_of_the_gap_are_not_made_again():
+    def fingerprinted(**keys):
+        return settings_of(PairsConfig(**keys))["PairsConfig"]
+
+    assert not {key for key in fingerprinted() if "turn_gap" in key}
+    assert fingerprinted(min_turn_gap=3, max_turn_gap=9).items() >= {("min_turn_gap", 3), ("max_turn_gap", 9)}
 
 
 def test_the_facts_count_what_was_done():
@@ -257,6 +295,7 @@ RULES = st.fixed_dictionaries(
         "errors": st.sampled_from(["drop", "keep"]),
         "cut": st.sampled_from(["none", "official"]),
         "max_turns": st.sampled_from([None, 3]),
+        "max_turn_gap": st.sampled_from([None, 2]),
         "noisy": st.sampled_from(["keep", "drop", "only"]),
         "limit": st.sampled_from([None, 1, 2]),
         "corrupted": st.sampled_from([0.0, 0.5]),
@@ -271,6 +310,11 @@ RULES = st.fixed_dictionaries(
 def test_every_explored_trajectory_is_in_a_pair_or_counted(attempts, rules, seed):
     explored = [played(turns, sample=number, **fields) for number, (turns, fields) in enumerate(attempts)]
     experts = [expert(id="t:0"), expert(id="t:1", reward=0.2)]
+    count = len(build(experts, explored, PairsConfig(**rules | {"limit": None}), seed)[0])
+    if count < (rules["limit"] or 0):
+        with pytest.raises(ValueError, match="pairs are fewer than"):
+            build(experts, explored, PairsConfig(**rules), seed)
+        return
     pairs, dropped = build(experts, explored, PairsConfig(**rules), seed)
     sources = [source.partition("+")[0] for pair in pairs for source in (pair.chosen_source, pair.rejected_source)]
     paired = [source for source in sources if source.startswith("sft")]
