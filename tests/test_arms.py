@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline import arms, choose, jobs, runs
-from pipeline.config import Config, choices_of, load
+from pipeline import arms, choose, fetch, jobs, runs
+from pipeline.config import RECIPES, Config, choices_of, load
 from pipeline.methods import Discount, Method
 from pipeline.records import write_jsonl
 from pipeline.train import successes
@@ -130,6 +130,26 @@ def test_an_arm_is_compared_with_the_policy_that_it_began_from():
         "small": "small-sft",
         "shifted": "shifted-sft",
     }
+
+
+@pytest.mark.parametrize("study", ["shift", "shift-webshop", "shift-alfworld"])
+def test_a_shift_is_of_what_is_evaluated_alone(study):
+    config = load(f"study/{study}")
+    every = arms.of(config)
+    shifted = [one for one in every if one.name in config.arms]
+    assert {one.method for one in shifted} == {one.method for one in every}
+    assert all(one.config.env == config.env != one.config.when_evaluated.env for one in shifted)
+    assert {arms.baseline(one, every).name for one in shifted[1:]} == {shifted[0].name}
+    trained = {(one.method, one.policy(env, 0)) for env in config.env.names for one in every}
+    assert len(trained) == len(shifted)
+
+
+def test_what_the_shift_to_official_games_needs_can_be_fetched():
+    config, comment = load("study/shift-alfworld"), (RECIPES / "study" / "shift-alfworld.yaml").read_text()
+    (data,) = {one["evaluate.env"]["alfworld.data"] for one in config.arms.values()}
+    name = Path(data).name
+    assert f"pipeline fetch {name}\n" in comment
+    assert {file.into for file in fetch.load()[name].files} == {name}
 
 
 @pytest.mark.parametrize(

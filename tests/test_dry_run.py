@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import dry_run, memory, models, runs, speed
+from pipeline import arms, dry_run, memory, models, runs, speed
 from pipeline.config import RECIPES, ModelConfig, load
 from pipeline.examples import pair_examples
 from pipeline.records import write_jsonl
@@ -48,6 +48,18 @@ def test_every_recipe_of_the_hub_says_what_its_dry_run_says(recipe, capsys, tmp_
     lying = used[0] if config.model.lora_rank else used[1]  # LoRA by DDP, all weights by FSDP
     assert f"{float(lying[-2]):.0f} GB" in comment
     assert lying[-1].strip() == "fits"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("study/*.yaml")), ids=lambda path: path.stem)
+def test_every_study_can_be_dry_run(path, capsys, tmp_path, monkeypatch):
+    config = load(str(path))
+    monkeypatch.chdir(tmp_path)
+    dry_run.main(config)
+    told = capsys.readouterr().out
+    assert f"{len(config.seed)} seed(s), {len(arms.trained(config))} trained" in told
+    assert {row(told, env)[2] for env in config.env.names} == {f"{config.pairs.limit or 400 * 4:,}"}
     assert not list(tmp_path.iterdir())
 
 
