@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import pairs as pairs_stage
 from pipeline.config import PairsConfig, load
 from pipeline.pairing import build, facts
 from pipeline.react import assistant, observation
 from pipeline.records import EpisodeStatus, Turn
 from pipeline.runs import settings_of
+from tests.synthetic_run import make_run
 from tests.test_records import trajectory
 
 EXPERT = {"policy": "expert", "reward": 1.0, "success": True, "status": EpisodeStatus.COMPLETED}
@@ -239,6 +241,14 @@ def test_fewer_pairs_than_the_limit_are_an_error_that_says_why():
         ValueError, match=r"^3 pairs are fewer than pairs.limit=4 \(tie: 1\); set a limit that every arm"
     ):
         made(explored, PairsConfig(limit=4), experts)
+
+
+def test_the_stage_says_whose_pairs_are_too_few(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_run(methods=["dmpo"], seeds=[3], tasks=8)
+    few = config.model_copy(update={"arms": {"few": {"method": "dmpo", "pairs.limit": 99}}})
+    with pytest.raises(ValueError, match=r"^sciworld, seed 3, few: \d pairs are fewer than pairs.limit=99 \(.*\.$"):
+        pairs_stage.main(few)
 
 
 def test_pairs_made_before_there_were_limits_of_the_gap_are_not_made_again():
