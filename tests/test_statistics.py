@@ -2,14 +2,18 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 from pipeline.records import EpisodeStatus, Trajectory, Turn
 from pipeline.statistics import (
     COLUMNS,
     EXACT,
+    LEAST,
     by_kind,
     comparison,
+    half_width,
     holm,
     interquartile,
     interval,
@@ -22,6 +26,7 @@ from pipeline.statistics import (
     sign_test,
     standard_error,
     statuses,
+    student_p,
     summary,
 )
 
@@ -47,19 +52,52 @@ def test_means_and_standard_errors_by_hand():
     table = rewards_table(episodes)
     assert list(table.columns) == COLUMNS
     assert COLUMNS == [
-        "env", "method", "split", "seed", "n", "reward", "reward_se", "success", "success_se", "steps", "invalid_rate"
+        "env", "method", "split", "seed", "n", "reward", "reward_se", "success", "success_se", "steps", "invalid_rate",
+        "steps_se", "invalid_rate_se", "steps_to_success", "steps_to_success_se",
     ]  # fmt: skip
     first, second = table.to_dict("records")
     assert first == pytest.approx({
         "env": "toy", "method": "sft", "split": "seen", "seed": 0, "n": 3,
         "reward": 0.5, "reward_se": 0.5 / math.sqrt(3),  # s = 1/2
         "success": 1 / 3, "success_se": 1 / 3,  # s^2 = 1/3
-        "steps": 3, "invalid_rate": 1 / 9,
-    })  # fmt: skip
+        "steps": 3, "invalid_rate": 1 / 9, "steps_se": 1 / math.sqrt(3), "steps_to_success": 2,
+        "invalid_rate_se": math.sqrt((2**2 + 6**2 + 4**2) / 81 / 2 / 3) / 3,  # invalid - rate * steps: -2, 6, -4 ninths
+        "steps_to_success_se": math.nan,
+    }, nan_ok=True)  # fmt: skip
     assert (second["method"], second["split"], second["seed"], second["n"], second["reward"]) == (
         "dmpo", "unseen", 1, 1, 0.25
     )  # fmt: skip
     assert math.isnan(second["reward_se"])
+    assert math.isnan(second["invalid_rate_se"])
+    assert math.isnan(second["steps_to_success"])
+
+
+def test_steps_to_success_are_those_of_solved_episodes():
+    episodes = [
+        episode("toy:a:1", 1.0, success=True, steps=2),
+        episode("toy:a:1", 1.0, success=True, steps=4, sample=1),
+        episode("toy:a:1", 0.5, steps=40, sample=2),  # cut off
+        episode("toy:b:2", 1.0, success=True, steps=7),
+        episode("toy:b:3", 0.2, steps=40),
+    ]
+    row = rewards_table(episodes).iloc[0]
+    assert (row["steps_to_success"], row["steps_to_success_se"]) == (5.0, 2.0)  # of the tasks' means 3 and 7
+    assert summary(episodes).iloc[0]["steps_to_success"] == 5.0
+    assert by_kind(episodes)["steps_to_success"].tolist() == [3.0, 7.0]
+    unsolved = [episode("toy:a:1", 0.5), episode("toy:a:2", 0.5)]
+    assert rewards_table(unsolved)[["steps_to_success", "steps_to_success_se"]].isna().all(axis=None)
+    assert math.isnan(summary(unsolved).iloc[0]["steps_to_success"])
+
+
+def test_the_error_of_the_invalid_rate_is_that_of_repeated_draws_of_tasks():
+    draw, shape = np.random.default_rng(0), (200, 60)
+    steps = draw.integers(2, 20, shape)
+    invalid = draw.binomial(steps, draw.beta(1, 2, shape))  # a task's actions are alike
+    where = pd.MultiIndex.from_product([range(200), range(60)], names=["seed", "task"])
+    table = pd.DataFrame({"steps": steps.ravel(), "invalid": invalid.ravel()}, index=where).reset_index()
+    same = {"env": "toy", "method": "sft", "split": "seen", "sample": 0, "reward": 0.0, "success": 0.0}
+    rates = rewards_table(table.assign(**same))
+    assert rates["invalid_rate_se"].mean() == pytest.approx(rates["invalid_rate"].std(), rel=0.15)
 
 
 def test_samples_of_a_task_are_averaged_first():
@@ -107,10 +145,10 @@ def test_interval_of_one_seed_is_students():
 
 
 def test_interval_of_two_seeds_by_hand():
-    # Seed means 0.4, 0.5: s^2 / 2 = 0.0025. Task means 0.3, 0.5, 0.55: s^2 / 3 = 0.0175 / 3. Satterthwaite: 2.985075.
-    mean, low, high = interval(np.array([[0.2, 0.4, 0.6], [0.4, 0.6, 0.5]]))
-    half = 3.1914672 * math.sqrt(0.0025 + 0.0175 / 3)
-    assert (mean, low, high) == pytest.approx((0.45, 0.45 - half, 0.45 + half), rel=1e-5)
+    # Seed means 0.44, 0.45: s^2 / 2 = 0.000025. Task means 0.43, 0.45, 0.455: s^2 / 3 = 0.000175 / 3. t(1) and t(2).
+    mean, low, high = interval(np.array([[0.42, 0.44, 0.46], [0.44, 0.46, 0.45]]))
+    half = math.sqrt(12.7062047**2 * 0.000025 + 4.3026527**2 * 0.000175 / 3)
+    assert (mean, low, high) == pytest.approx((0.445, 0.445 - half, 0.445 + half), rel=1e-5)
 
 
 def test_interval_stays_in_the_unit_interval_and_needs_spread():
@@ -137,14 +175,14 @@ def test_interval_covers_the_truth_as_often_as_it_says(seeds: int):
 
 def test_summary_over_seeds():
     episodes = [
-        episode(f"toy:a:{task}", reward, seed=seed, success=reward > 0.5, steps=4, invalid=1)
-        for seed, rewards in enumerate([[0.2, 0.4, 0.6], [0.4, 0.6, 0.5]])
+        episode(f"toy:a:{task}", reward, seed=seed, success=reward > 0.455, steps=4, invalid=1)
+        for seed, rewards in enumerate([[0.42, 0.44, 0.46], [0.44, 0.46, 0.45]])
         for task, reward in enumerate(rewards)
     ]
     row = summary(episodes).iloc[0]
     assert (row["seeds"], row["n"], row["steps"], row["invalid_rate"]) == (2, 3, 4.0, 0.25)
-    assert (row["reward"], row["success"]) == pytest.approx((0.45, 1 / 3))
-    assert (row["reward_low"], row["reward_high"]) == pytest.approx((0.45 - 0.29134, 0.45 + 0.29134), abs=1e-5)
+    assert (row["reward"], row["success"]) == pytest.approx((0.445, 1 / 3))
+    assert (row["reward_low"], row["reward_high"]) == pytest.approx((0.445 - 0.07153, 0.445 + 0.07153), abs=1e-5)
     assert summary(episodes, by_kind=True).iloc[0]["kind"] == "a"
 
 
@@ -185,10 +223,55 @@ def test_paired_interval_has_the_normal_width_on_many_tasks():
     assert paired(both([ours.tolist()], [theirs.tolist()]), ["dmpo"], "sft").iloc[0].equals(row)
 
 
-def test_paired_takes_seeds_into_account():
-    # No spread over tasks, 0.2 between the two seeds: one seed of two is drawn.
-    row = paired(both([[0.5] * 9, [0.7] * 9], [[0.5] * 9, [0.5] * 9]), ["dmpo"], "sft").iloc[0]
-    assert (row["low"], row["high"]) == pytest.approx((0.0, 0.2))
+def seeds_apart(means: list[float], tasks: int = 9) -> np.ndarray:
+    return np.repeat(np.array(means)[:, None], tasks, axis=1)
+
+
+@pytest.mark.parametrize("means", [[0.0, 0.2], [-0.062, 0.238, 0.051, -0.053], [0.2, 0.22, 0.19, 0.21, 0.2]])
+def test_tasks_that_are_alike_leave_students_test_of_the_seeds_means(means: list[float]):
+    told, peer = comparison(seeds_apart(means)), stats.ttest_1samp(means, 0)
+    assert (told["low"], told["high"]) == pytest.approx(tuple(peer.confidence_interval(0.95)))
+    assert told["p"] == pytest.approx(peer.pvalue)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.05, 0.3])
+def test_seeds_that_are_alike_leave_students_test_of_the_tasks(shift: float):
+    tasks = np.random.default_rng(0).normal(shift, 0.2, 30)
+    told, peer = comparison(np.tile(tasks, (3, 1))), stats.ttest_1samp(tasks, 0)
+    assert (told["low"], told["high"]) == pytest.approx(tuple(peer.confidence_interval(0.95)))
+    assert told["p"] == pytest.approx(peer.pvalue)
+
+
+def test_p_is_the_level_at_which_the_interval_reaches_0():
+    values = np.random.default_rng(0).normal(0.2, 0.3, (4, 12))
+    p = student_p(values)
+    assert 1e-4 < p < 0.2
+    assert half_width(values, p) == pytest.approx(values.mean())
+    assert p > max(stats.ttest_1samp(values.mean(axis), 0).pvalue for axis in (0, 1))  # either spread alone says less
+
+
+def test_p_has_its_ends():
+    assert student_p(np.array([[0.11, -0.09], [-0.11, 0.09]])) == 1.0  # a mean of 0
+    assert student_p(np.tile([1.0, 1.0 + 1e-6], (2, 500))) == LEAST
+    for nothing_to_tell_from in ([[0.3, 0.3], [0.3, 0.3]], [[0.1], [0.2]], [[0.0, 0.0], [0.0, 0.0]]):
+        told = comparison(np.array(nothing_to_tell_from))
+        assert told["p"] == 1.0
+        assert math.isnan(told["low"])
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_without_an_effect_a_verdict_is_as_rare_as_the_correction_promises(seeds: int):
+    # Of 18 comparisons the least p has to be below .05 / 18, so one comparison alone gets a verdict in 0.3 % of cases.
+    # A bootstrap over both as interval, with the p of the tasks alone, gives one in 8 to 13 %.
+    draw, trials, covered, verdicts = np.random.default_rng(0), 200, 0, 0
+    others = [{"low": -0.1, "high": 0.1, "p": 1.0}] * 17
+    for _ in range(trials):
+        shape, by_task = (seeds, 100), draw.normal(0, 0.1, 100)
+        told = comparison(draw.normal(0, 0.08, (seeds, 1)) + by_task + draw.normal(0, 0.2, shape))
+        covered += told["low"] <= 0 <= told["high"]
+        verdicts += judged([told, *others])[0]["verdict"] != "not told apart"
+    assert verdicts <= 0.015 * trials
+    assert 0.93 <= covered / trials <= 0.995
 
 
 def test_paired_without_spread_has_no_interval():
@@ -213,14 +296,29 @@ def test_interquartile_mean_leaves_a_quarter_out_at_each_end():
     middle, low, high = interquartile(scores)
     assert middle == pytest.approx((0.2 + 0.3 + 0.4 + 0.5) / 4)
     assert low < middle < high
-    assert interquartile(scores) == (middle, low, high)
 
 
-def test_interquartile_interval_draws_the_seeds_of_each_task():
-    # One task, scores 0 and 1: both draws are the same with probability 1/2, so the interval is all there is.
-    assert interquartile(np.array([[0.0], [1.0]])) == (0.5, 0.0, 1.0)
-    # Task 2 has no spread: the means are 0.25, 0.5 and 0.75, and no draw takes one task's score for another's.
-    assert interquartile(np.array([[0.0, 0.5], [1.0, 0.5]]))[1:] == (0.25, 0.75)
+def test_interquartile_interval_is_the_jackknifes_over_seeds():
+    # Without either seed the other's middle half is left: (0.2 + 0.3) / 2 and (0.4 + 0.5) / 2.
+    scores = np.array([[0.0, 0.2, 0.3, 0.7], [0.1, 0.4, 0.5, 0.6]])
+    assert interquartile(scores) == (pytest.approx(0.35), 0.0, 1.0)  # t(1) = 12.7 times 0.1, cut
+    closer = 0.5 + scores / 100
+    assert interquartile(closer) == pytest.approx((0.5035, 0.5035 - 0.0127062, 0.5035 + 0.0127062), abs=1e-6)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_interquartile_interval_covers_what_more_seeds_would_give(seeds: int):
+    draw = np.random.default_rng(0)
+    tasks, covered, trials = draw.uniform(0.1, 0.9, 50), 0, 200
+
+    def played(number: int) -> np.ndarray:
+        return (tasks + draw.normal(0, 0.05, (number, 1)) + draw.normal(0, 0.1, (number, 50))).clip(0, 1)
+
+    truth = stats.trim_mean(played(5_000), 0.25, axis=None)
+    for _ in range(trials):
+        _, low, high = interquartile(played(seeds))
+        covered += low <= truth <= high
+    assert 0.9 <= covered / trials <= 0.99  # draws of each task's seeds apart: under 0.65, of whole seeds: under 0.85
 
 
 def test_interquartile_interval_needs_seeds_that_differ():
@@ -293,8 +391,8 @@ def test_paired_is_corrected_over_its_whole_table():
 
 def test_seeds_are_averaged_before_tasks_are_counted():
     told = comparison(np.array([[0.1, 0.2, -0.1], [0.1, 0.2, 0.3]]))
-    assert (told["wins"], told["losses"], told["ties"], told["p"]) == (5, 1, 0, 2 / 8)
-    assert told["p_sign"] == 0.25
+    assert (told["wins"], told["losses"], told["ties"]) == (5, 1, 0)
+    assert told["p_sign"] == 0.25  # each task's mean is above 0
 
 
 def test_reward_matrix_has_a_gap_where_a_seed_did_not_play():
