@@ -161,6 +161,8 @@ def preference_log(method: str, seed: int) -> list[dict]:
             "rejected_reward": -0.02 * step,
             "chosen_logprob_by_turn": [-6 - turn / 2 + step / 50 for turn in range(7)],
             "rejected_logprob_by_turn": [-7 - turn / 3 - step / 30 for turn in range(12)] + [None],
+            "chosen_logratio_by_turn": [-(step - 1) * (turn + 1) / 400 for turn in range(7)],
+            "rejected_logratio_by_turn": [-(step - 1) * (turn + 1) / 200 for turn in range(12)] + [None],
         }
         for step in range(1, 41)
     ]

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -155,16 +156,46 @@ def test_a_page_without_training_logs(small: Config):
     assert {path.stem for path in (small.folder / "figures").iterdir()} == {"rewards-sciworld"}
 
 
+def row_of(method: str) -> dict[str, Any]:
+    return {"method": method, "split": "seen", "n": 1, "reward": 0.5, "reward_low": None, "reward_high": None}
+
+
 def test_logs_of_any_shape_are_drawn():
     logs = {
         ("sft", 0): [{"step": 1, "loss": 2.0}],
         ("dmpo", 0): [{"step": 1, "loss": float("nan"), "new_number": 1, "text": "x"}, {"step": 2, "margin": None}],
-        ("mean", 0): [{"step": 1, "chosen_logp_per_turn": [-1.0, None]}, {"epoch": 1}],
+        ("mean", 0): [{"step": 1, "chosen_logratio_by_turn": [-1.0, None]}, {"epoch": 1}],
     }
-    row = {"method": "dmpo", "split": "seen", "n": 1, "reward": 0.5, "reward_low": None, "reward_high": None}
+    row = row_of("dmpo")
     drawn = draw("toy", [row], [row], logs, ["dmpo", "mean"], None)
     assert [axes.get_title() for axes in drawn["preference-toy"].axes] == ["new number"]
     assert [axes.get_title() for axes in drawn["turns-toy"].axes] == ["mean"]
+
+
+def test_turns_are_drawn_as_means_over_thirds_of_training_and_seeds():
+    course = [[0.0], [-1.0, None], [-2.0, -4.0], [-3.0], [-4.0, -8.0], [-5.0]]
+    logs = {
+        ("dmpo", seed): [
+            {"step": step, "chosen_logratio_by_turn": [value and value * (1 + 2 * seed) for value in values]}
+            for step, values in enumerate(course)
+        ]
+        for seed in (0, 1)
+    }
+    row = row_of("dmpo")
+    (panel,) = draw("toy", [row], [row], logs, ["dmpo"], None)["turns-toy"].axes
+    reference, *chosen = [list(line.get_ydata()) for line in panel.lines][:4]
+    assert reference == [0, 0]
+    assert chosen[0][0] == -1.0
+    assert chosen[1:] == [[-5.0, -8.0], [-9.0, -16.0]]
+    assert all(math.isnan(value) for value in chosen[0][1:])
+
+
+def test_the_legend_of_a_study_is_no_wider_than_its_figure():
+    names = [f"g0.{gamma}-noise{noise}" for gamma in range(4) for noise in ("0.0", "0.5", "1.0")]
+    logs = {(name, 0): [{"step": 1, "chosen_reward": 0.0, "loss": 1.0, "kl": 0.0}] for name in names}
+    figure = draw("toy", [row_of("dmpo")], [], logs, names, None)["preference-toy"]
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
 
 
 def test_a_study_is_drawn_over_what_it_varies():
