@@ -380,6 +380,9 @@ class Config(Section):
     """Further policies of the run, by name: the keys that differ, as `{dmpo+nll: {method: dmpo, train.nll: 0.3}}`. What
     does not differ is shared with the other policies: SFT, exploration, pairs. With `choose: {train.gamma: [0.5, 0.9]}`
     among them there is one policy a value (of several keys: a combination), and the best on `dev` is taken."""
+    compare: Annotated[list[tuple[str, str]], AfterValidator(_distinct)] = []
+    """Policies to set against each other in the report, as `[[dpo, dmpo]]`: the baseline, then the one that is compared
+    with it. Judged together with what is compared anyway, each policy with the SFT policy that it began from."""
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineSettings = EngineSettings()
@@ -450,6 +453,20 @@ class Config(Section):
             if all(reasons):
                 raise ValueError(f"arms.{arm}: {key} has no effect: {reasons[0]}")
 
+    @model_validator(mode="after")
+    def _known_contrasts(self) -> "Config":
+        methods: dict[str, Any] = {method.value: method for method in (Method.SFT, *self.method)}
+        methods |= {name: keys["method"] for name, keys in self.arms.items()}
+        # Best of n is chosen by the very reward that would judge it.
+        known = [name for name, method in methods.items() if method != Method.BON]
+        for baseline, treatment in self.compare:
+            for name in (baseline, treatment):
+                if name not in known:
+                    raise ValueError(f"compare: the run has no policy {name!r} to compare; it has {', '.join(known)}")
+            if baseline == treatment:
+                raise ValueError(f"compare: {baseline} is set against itself; name two policies")
+        return self
+
     def differing(self, keys: Mapping[str, Any]) -> "Config":
         """This recipe with other values for some dotted keys, and without arms.
 
@@ -457,7 +474,7 @@ class Config(Section):
             ValidationError: a key or value that a run cannot have.
             ValueError: a key that lies in no section.
         """
-        tree = self.model_dump(mode="json") | {"arms": {}}
+        tree = self.model_dump(mode="json") | {"arms": {}, "compare": []}
         for key, value in keys.items():
             _put(tree, key, value)
         return Config.model_validate(tree)
@@ -491,7 +508,7 @@ def choices_of(keys: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, 
 SHORT = {"env": "names", "workers": "backend"}
 """Sections that one of their keys may stand for: `env=sciworld` is `env.names=sciworld`."""
 
-SHARED = ("run", "reuse", "seed", "arms", "workers")
+SHARED = ("run", "reuse", "seed", "arms", "compare", "workers")
 """Keys that no arm can have for itself."""
 
 
@@ -566,8 +583,8 @@ def _read_one(recipe: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested keys of two recipes, the second's where both have one; its arms stand alone."""
-    merged = dict(beneath)
+    """Nested keys of two recipes, the second's where both have one; its arms stand alone, and so what compares them."""
+    merged = {key: value for key, value in beneath.items() if not (key == "compare" and "arms" in above)}
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(beneath.get(key), dict) and key != "arms"
         merged[key] = _merged(beneath[key], value) if both else value

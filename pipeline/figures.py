@@ -1,6 +1,7 @@
 """The report's figures: for a paper as SVG and PDF, and for the page the same SVG in the colours of its theme."""
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,8 @@ TITLES = {
 """What the training curves are of, in this order; any other number that a log holds comes after them."""
 NO_CURVE = {"step", "epoch", "seconds", "time", "items", "examples", "tokens"}
 SIDES = {"chosen": "-", "rejected": "--"}
+THIRDS = ((0.6, 0.45), (1.1, 0.7), (1.8, 1.0))
+"""Thickness and opacity of the first, the second and the last third of training."""
 
 
 def draw(
@@ -176,8 +179,12 @@ def _curves(logs: Logs, methods: Sequence[str]) -> Figure | None:
 
 
 def _turns(logs: Logs, methods: Sequence[str]) -> Figure | None:
-    """Log-prob of each turn at the first logged step (thin) and the last (thick), mean over seeds; a panel a method."""
-    told = {method for (method, _), log in logs.items() if any(_by_turn(line, "chosen") for line in log)}
+    """Log-ratio of each turn to the reference in each third of training (`THIRDS`), a panel a method.
+
+    A mean over the log lines in the third, of all seeds. At the start it is 0 for whatever pairs, so that which pairs a
+    line is of matters little: what falls below 0 has become less likely than under the reference.
+    """
+    told = {method for (method, _), log in logs.items() if any(line.get(_ratio("chosen")) for line in log)}
     if not told:
         return None
     colour = _colours(methods)
@@ -189,14 +196,15 @@ def _turns(logs: Logs, methods: Sequence[str]) -> Figure | None:
     for panel in grid[len(shown) :]:
         panel.set_axis_off()
     for panel, method in zip(grid, shown, strict=False):
+        panel.axhline(0, color=GREY, lw=0.8)
         for side, style in SIDES.items():
-            ends = [_ends(log, side) for (name, _), log in logs.items() if name == method]
-            for place, (thickness, alpha) in enumerate([(0.8, 0.55), (1.6, 1.0)]):
-                mean = _mean([pair[place] for pair in ends if pair])
+            thirds = [_thirds(log, side) for (name, _), log in logs.items() if name == method]
+            for lines, (thickness, alpha) in zip(zip(*thirds, strict=True), THIRDS, strict=True):
+                mean = _mean([values for of_seed in lines for values in of_seed])
                 panel.plot(range(len(mean)), mean, style, lw=thickness, alpha=alpha, color=colour[method])
         panel.set(title=method, xlabel="turn")
         panel.xaxis.get_major_locator().set_params(integer=True)
-    grid[0].set_ylabel("log-prob of the turn")
+    grid[0].set_ylabel("log-ratio to the reference")
     _legend(figure, {}, two_sided=True)
     return figure
 
@@ -207,15 +215,16 @@ def _quantity(key: str) -> str:
     return rest if side in SIDES and rest else key
 
 
-def _by_turn(line: Row, side: str) -> list[float | None] | None:
-    """The side's log-probs by turn in a log line, if it has any."""
-    return next((line[key] for key in line if key.startswith(f"{side}_log") and isinstance(line[key], list)), None)
+def _ratio(side: str) -> str:
+    """The key of a log line that holds the side's log-ratios by turn."""
+    return f"{side}_logratio_by_turn"
 
 
-def _ends(log: Sequence[Row], side: str) -> tuple[list[float | None], list[float | None]] | None:
-    """The first and the last log-probs by turn of a log, if it has any."""
-    found = [values for line in log if (values := _by_turn(line, side))]
-    return (found[0], found[-1]) if found else None
+def _thirds(log: Sequence[Row], side: str) -> list[list[list[float | None]]]:
+    """The side's log-ratios by turn of the log lines in each third of training; one of few lines has none."""
+    found = [values for line in log if (values := line.get(_ratio(side)))]
+    cuts = [round(third * len(found) / len(THIRDS)) for third in range(len(THIRDS) + 1)]
+    return [found[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def _mean(lists: Sequence[Sequence[float | None]]) -> list[float]:
@@ -237,7 +246,7 @@ def _legend(figure: Figure, colour: Mapping[str, str], two_sided: bool) -> None:
     handles = [line([], [], color=paint, label=method) for method, paint in colour.items()] if len(colour) > 1 else []
     handles += [line([], [], color=INK, ls=style, label=side) for side, style in SIDES.items()] if two_sided else []
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
 
 def save(figure: Figure, kind: str, name: str) -> bytes:

@@ -37,7 +37,8 @@ class PreferenceObjective:
     Logged, means over the pairs since the last line:
 
     - `chosen_logprob`, `rejected_logprob`: of a whole trajectory; with `_by_turn`, of each turn, over the pairs that
-      have one of that number;
+      have one of that number; `chosen_logratio_by_turn`, `rejected_logratio_by_turn`: of each turn, less what it is
+      under the reference, and so 0 at the start for whatever pairs;
     - `chosen_reward`, `rejected_reward` (Phi of the paper), their difference `margin`, and `accuracy`, the share of
       pairs with a positive one;
     - `kl`: how far the policy has gone from the reference, in nats a turn, on the rejected trajectories: mean over
@@ -75,7 +76,10 @@ class PreferenceObjective:
         with torch.no_grad():
             pairs = (batch["weight"] > 0).float()
             sides = [_present_turns(batch, 0), _present_turns(batch, 1)]
-            ratio = (logprobs[1] - rejected["reference"]).where(sides[1] > 0, 0.0)
+            ratios = [
+                (ours - side["reference"]).where(present > 0, 0.0)
+                for ours, side, present in zip(logprobs, batch["sides"], sides, strict=True)
+            ]
             metrics = {
                 "chosen_logprob": _over(logprobs[0].sum(1), pairs),
                 "rejected_logprob": _over(logprobs[1].sum(1), pairs),
@@ -84,9 +88,11 @@ class PreferenceObjective:
                 "margin": _over(logits, pairs),
                 "accuracy": _over((logits > 0).float(), pairs),
                 "chosen_nll": _over(chosen_nll, pairs),
-                "kl": _over(ratio.expm1() - ratio, sides[1]),
+                "kl": _over(ratios[1].expm1() - ratios[1], sides[1]),
                 "chosen_logprob_by_turn": _by_turn(logprobs[0], sides[0]),
                 "rejected_logprob_by_turn": _by_turn(logprobs[1], sides[1]),
+                "chosen_logratio_by_turn": _by_turn(ratios[0], sides[0]),
+                "rejected_logratio_by_turn": _by_turn(ratios[1], sides[1]),
             }
         return loss, metrics
 

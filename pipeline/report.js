@@ -58,9 +58,23 @@ function view(data) {
     field[name].value = state[name];
   }
 
-  function methodLabel(method) {
-    return data.gammas[method] === null ? method : `${method}, γ = ${data.gammas[method]}`;
+  // How the policies of the chosen environment and seed weigh turns, by policy.
+  function weightings() {
+    const here = data.weightings.filter((one) => one.env === state.env && String(one.seed) === state.seed);
+    return Object.fromEntries(here.map((one) => [one.policy, one]));
   }
+
+  function weightLabel({ policy, gamma, per_token }) {
+    return policy + (gamma === null ? "" : `, γ = ${gamma}`) + (per_token ? ", 1 / tokens" : "");
+  }
+
+  function weightsOf(side) {
+    const weighting = weightings()[state.weights];
+    const weights = data.weights[weighting?.table]?.[side.turns.length] ?? side.turns.map(() => 0);
+    return weighting?.per_token ? weights.map((phi) => phi / side.tokens) : weights;
+  }
+
+  const phiText = (phi) => (phi > 0 && phi < 0.01 ? phi.toPrecision(2) : phi.toFixed(3));
 
   function choose() {
     let items = data.items;
@@ -69,7 +83,8 @@ function view(data) {
       items = items.filter((item) => String(item[name]) === state[name]);
     }
     fill("kind", ["", ...unique(items.map((item) => item.kind)).sort()], { "": "all kinds" });
-    fill("weights", Object.keys(data.weights), Object.fromEntries(Object.keys(data.weights).map((m) => [m, methodLabel(m)])));
+    const labels = Object.entries(weightings()).map(([policy, weighting]) => [policy, weightLabel(weighting)]);
+    fill("weights", labels.map(([policy]) => policy), Object.fromEntries(labels));
     state.find ??= "";
     if (field.find.value !== state.find) field.find.value = state.find;
     const words = state.find.toLowerCase().split(/\s+/);
@@ -118,7 +133,7 @@ function view(data) {
 
   function turn(side, number, phi, before) {
     const [text, observation, reward, valid] = side.turns[number];
-    const head = make("header", {}, make("b", {}, `turn ${number}`), make("span", { class: "phi" }, `φ ${phi.toFixed(3)}`));
+    const head = make("header", {}, make("b", {}, `turn ${number}`), make("span", { class: "phi" }, `φ ${phiText(phi)}`));
     if (valid === false) head.append(make("span", { class: "invalid" }, "invalid action"));
     if (reward !== null) {
       const gain = reward - before;
@@ -132,7 +147,7 @@ function view(data) {
 
   function headOf(side, weights) {
     const sum = weights.reduce((total, phi) => total + phi, 0);
-    const facts = [side.source, `reward ${side.reward.toFixed(3)}`, side.status.replaceAll("_", " "), `T\u00a0=\u00a0${side.turns.length}`, `Σφ\u00a0=\u00a0${sum.toFixed(3)}`];
+    const facts = [side.source, `reward ${side.reward.toFixed(3)}`, side.status.replaceAll("_", " "), `T\u00a0=\u00a0${side.turns.length}`, `Σφ\u00a0=\u00a0${phiText(sum)}`];
     if (side.success !== null) facts.splice(2, 0, side.success ? "success" : "no success");
     const head = make("header", { class: `side ${side.title}` }, make("h3", {}, side.title), make("p", {}, facts.join(" · ")));
     if (side.note) head.append(make("p", { class: "note" }, side.note));
@@ -150,7 +165,7 @@ function view(data) {
     field.beside.disabled = !others.length;
     const beside = others.find((other) => other.policy === state.beside);
     const sides = [...item.sides, ...(beside ? beside.sides : [])];
-    const weights = sides.map((side) => data.weights[state.weights]?.[side.turns.length] ?? []);
+    const weights = sides.map(weightsOf);
     byId("viewer-place").textContent = `${list.indexOf(item) + 1} of ${list.length}`;
     const prompt = data.prompts[item.prompt].flatMap((message) => [make("dt", {}, message.role), make("dd", {}, message.content)]);
     byId("viewer-task").replaceChildren(
@@ -166,7 +181,7 @@ function view(data) {
     }
     byId("viewer-turns").className = `turns sides-${sides.length}`;
     byId("viewer-turns").replaceChildren(...cells);
-    byId("viewer-permuted").hidden = state.weights !== "permuted";
+    byId("viewer-permuted").hidden = weightings()[state.weights]?.discount !== "permuted";
   }
 
   function render() {

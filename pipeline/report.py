@@ -3,8 +3,8 @@
 episodes.csv          one row an evaluated episode (`pipeline.statistics.episode_table`); see the tool `tables`
 rewards.csv           one row an environment, method, split and seed (`pipeline.statistics.rewards_table`)
 rewards_by_kind.csv   the same for each kind of task
-differences.csv       one row an environment, split and method: against the SFT policy on the same tasks
-figures/*.svg, *.pdf  rewards with their intervals, training curves, log-probs by turn
+differences.csv       one row an environment, split and comparison on the same tasks: with the SFT policy, and `compare`
+figures/*.svg, *.pdf  rewards with their intervals, training curves, log-ratios by turn
 report.html           all of it and a trajectory viewer; one file that asks the network for nothing
 report/tables.json    means and intervals as printed; printed again, at once, when nothing has changed
 """
@@ -16,6 +16,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipeline import arms, runs
+from pipeline import arms, choose, runs
 from pipeline.arms import Arm
 from pipeline.config import Config
 from pipeline.methods import Method
@@ -42,6 +43,8 @@ OUTPUTS = ("episodes.csv", "rewards.csv", "rewards_by_kind.csv", "differences.cs
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 Told = Callable[[Row], str]
+Groups = Mapping[str, list[str]]
+"""Policies by the one that they are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,7 @@ def _folders(config: Config, env: str, seed: int) -> dict[Path, str]:
         for folder in _made_by(arm, env, seed, stage, number)
     ]
     evaluated = runs.seed_folder(config, env, seed) / "evaluate"
-    chosen = [(evaluated.with_name("choose") / arm.name, "evaluate") for arm in every if arm.candidates]
+    chosen = [(choose.folder(arm, env, seed), "evaluate") for arm in every if arm.candidates]
     players = ["random", *(arm.name for arm in every), "expert"]
     played = [(evaluated / player / split, "evaluate") for player in players for split in config.evaluate.splits]
     return dict([*found, *chosen, *played])
@@ -137,17 +140,14 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
-    tables = write_tables(config.folder, statistics.episode_table(evaluated), _compared(every))
+    tables = write_tables(config.folder, statistics.episode_table(evaluated), *_compared(config))
     drawn: dict[str, str] = {}
     axis = axes.axis([arm for arm in every if arm.name in config.arms])
     for env in config.env.names:
-        logs = {
-            (one.name.rpartition("/")[2], one.seed): read_log(one.folder / "log.jsonl")
-            for one in stages
-            if one.env == env and (one.name == "sft" or one.name.startswith("train/"))
-        }
+        logs = training_logs(config, env)
+        methods = dict.fromkeys([*(arm.name for arm in every[1:]), *(name for name, _ in logs if name != "sft")])
         of_env = _of(tables["rewards"], env), _of(tables["by_seed"], env)
-        for name, figure in figures.draw(env, *of_env, logs, [arm.name for arm in every[1:]], axis).items():
+        for name, figure in figures.draw(env, *of_env, logs, list(methods), axis).items():
             for suffix in ("pdf", "svg"):
                 with atomic_write(config.folder / "figures" / f"{name}.{suffix}", "wb") as file:
                     file.write(image := figures.save(figure, suffix, name))
@@ -159,27 +159,44 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     return tables
 
 
-def write_tables(folder: Path, episodes: "pd.DataFrame", compared: Sequence[tuple[list[str], str]]) -> Tables:
+def write_tables(
+    folder: Path,
+    episodes: "pd.DataFrame",
+    trained: Groups,
+    bounds: Groups,
+    contrasts: Sequence[tuple[str, str]] = (),
+) -> Tables:
     """Write the CSV files of evaluated episodes; returns the tables to print and to draw.
 
     Args:
         folder: where to.
         episodes: a `statistics.episode_table`.
-        compared: groups of policies, each with the one that it is compared with.
+        trained: policies by the SFT policy that they began from.
+        bounds: what was not trained, by an SFT policy: its difference is told, and nothing is concluded from it.
+        contrasts: other comparisons of two trained policies, the baseline first; judged with `trained` as one table.
     """
+    import pandas as pd
+
     import envs
     from pipeline import statistics
 
     by_seed = write_rewards(folder, episodes)
-    differences = statistics.paired_all(episodes, compared)
+    judged = _groups(trained) + [([method], baseline) for baseline, method in contrasts]
+    tables = [statistics.paired_all(episodes, judged)] if judged else []
+    if unjudged := _groups(bounds):
+        tables.append(statistics.paired_all(episodes, unjudged).assign(p_holm=math.nan, verdict="not judged"))
+    differences = pd.concat(tables or [pd.DataFrame()], ignore_index=True)
     _write_csv(folder / "differences.csv", differences)
+    rows = _rows(differences)
+    of_contrast = [(row["baseline"], row["method"]) in contrasts for row in rows]
     return {
         "rewards": [
             row | {"completed_as": envs.load(row["env"]).completed} for row in _rows(statistics.summary(episodes))
         ],
         "by_seed": _rows(by_seed),
         "kinds": _rows(statistics.summary(episodes, by_kind=True)),
-        "paired": _rows(differences),
+        "paired": [row for row, of in zip(rows, of_contrast, strict=True) if not of],
+        "contrasts": [row for row, of in zip(rows, of_contrast, strict=True) if of],
         "statuses": _rows(statistics.statuses(episodes)),
     }
 
@@ -195,12 +212,37 @@ def write_rewards(folder: Path, episodes: "statistics.Episodes") -> "pd.DataFram
     return by_seed
 
 
-def _compared(every: Sequence[Arm]) -> list[tuple[list[str], str]]:
-    """Who is compared with which policy 0: each arm with the one that it began from, and chance with the first."""
-    found: dict[str, list[str]] = {"sft": ["random"]}
+def _groups(methods: Groups) -> list[tuple[list[str], str]]:
+    return [(group, baseline) for baseline, group in methods.items() if group]
+
+
+def _compared(config: Config) -> tuple[Groups, Groups, list[tuple[str, str]]]:
+    """What `write_tables` compares: chance is a bound, and best of n, which the reward itself chooses."""
+    every = arms.of(config)
+    trained: dict[str, list[str]] = {}
+    bounds = {"sft": ["random"]}
     for arm in every[1:]:
-        found.setdefault(arms.baseline(arm, every).name, []).append(arm.name)
-    return [(methods, baseline) for baseline, methods in found.items()]
+        groups = bounds if arm.method == Method.BON else trained
+        groups.setdefault(arms.baseline(arm, every).name, []).append(arm.name)
+    contrasts = [(baseline, method) for baseline, method in config.compare if method not in trained.get(baseline, [])]
+    return trained, bounds, contrasts
+
+
+def training_logs(config: Config, env: str) -> dict[tuple[str, int], list[Row]]:
+    """The lines of every training log of an environment, by policy and seed: `sft`, and the arms by their names.
+
+    An arm with `choose` has the log of the candidate that stands for it; of an arm in several rounds those before the
+    last are told apart, as `eto, round 1`. Arms that are one policy, evaluated otherwise, have their log once.
+    """
+    found: dict[Path, tuple[str, int]] = {}
+    for seed in config.seed:
+        found[runs.seed_folder(config, env, seed) / "sft"] = ("sft", seed)
+        for arm in (arm for arm in arms.of(config) if arm.method.is_trained):
+            player = choose.chosen(arm, env, seed)
+            for number in range(1, player.rounds + 1):
+                name = arm.name if number == player.rounds else f"{arm.name}, round {number}"
+                found.setdefault(player.folder(env, seed, "train", number), (name, seed))
+    return {key: read_log(folder / "log.jsonl") for folder, key in found.items()}
 
 
 def _episodes(config: Config, stages: Iterable[Done]) -> dict[tuple[str, int, str, str], list[Trajectory]]:
@@ -272,13 +314,15 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
         left_out=left_out(stages),
         notes=[(one, note) for one in stages for note in notes(one.facts)],
         tables=tables,
+        contrasts=labelled(tables["contrasts"]),
         tasks=list(dict.fromkeys(f"{row['env']} {row['split']} {row['n']}" for row in tables["rewards"])),
         figures={name: Markup(svg) for name, svg in drawn.items()},
         of=_of,
         markdown=markdown(tables["rewards"]),
         latex=latex(tables["rewards"]),
         errors=errors_told(tables),
-        findings=findings(tables["paired"]),
+        findings=[*findings(tables["paired"]), *contrasts_told(tables["contrasts"])],
+        discounts=discounts_told(content["weightings"]),
         groups=content["groups"],
         css=Markup((HERE / "report.css").read_text("utf-8")),
         script=Markup(script),
@@ -324,14 +368,38 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 # ---- Text ----
 
 
+def discounts_told(weightings: Sequence[Row]) -> list[str]:
+    """Gamma and beta of each policy, as `dmpo: γ = 0.5 (2 of 3), 0.9 (1 of 3), β = 1.0`; equal ones in one sentence.
+
+    Args:
+        weightings: `viewer.weightings`; where they differ, it is said for how many environments and seeds each holds.
+    """
+    told: dict[str, list[str]] = {}
+    for policy in dict.fromkeys(row["policy"] for row in weightings):
+        rows = [row for row in weightings if row["policy"] == policy]
+        words = [
+            f"{symbol} = {_counted([row[key] for row in rows])}"
+            for symbol, key in (("γ", "gamma"), ("β", "beta"))  # noqa: RUF001
+            if rows[0][key] is not None
+        ]
+        told.setdefault(", ".join(words), []).append(policy)
+    return [f"{', '.join(policies)}: {words}" for words, policies in told.items()]
+
+
+def _counted(values: Sequence[float]) -> str:
+    """Rising values, each with how often it comes where they differ."""
+    found = sorted(Counter(values).items())
+    return ", ".join(f"{value}" if len(found) == 1 else f"{value} ({count} of {len(values)})" for value, count in found)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number to so many decimals; a dash for none."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
 
 
-def p_value(p: float) -> str:
-    """A p-value to three decimals; none is 0."""
-    return "<0.001" if p < 0.001 else number(p)
+def p_value(p: float | None) -> str:
+    """A p-value to three decimals, none of which is 0; a dash where there is none."""
+    return "<0.001" if p is not None and p < 0.001 else number(p)
 
 
 def ci(low: float | None, high: float | None, digits: int = 3) -> str:
@@ -414,23 +482,34 @@ def print_tables(tables: Tables) -> None:
         if completed_as := rewards[0]["completed_as"]:
             parts[completed_as] = lambda row: number(row["completed"])
         _print(console, title, rewards, "method", "split", parts)
-        for split in dict.fromkeys(row["split"] for row in paired):
-            title = f"{env}, {split}: reward less the SFT policy's on the same tasks"
-            _print(console, title, [row for row in paired if row["split"] == split], "method", "split", {
-                "": lambda row: f"{row['difference']:+.3f} {ci(row['low'], row['high'])}",
-                "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
-                "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
-            })  # fmt: skip
+        contrasts = _of(labelled(tables["contrasts"]), env)
+        for rows, of in ((paired, "reward less the SFT policy's"), (contrasts, "reward of one policy less another's")):
+            for split in dict.fromkeys(row["split"] for row in rows):
+                title = f"{env}, {split}: {of} on the same tasks"
+                _print(console, title, [row for row in rows if row["split"] == split], "method", "split", {
+                    "": _difference_told,
+                    "won/lost/tied": lambda row: f"{row['wins']}/{row['losses']}/{row['ties']}",
+                    "p (Holm)": lambda row: f"{p_value(row['p_holm'])} {row['verdict']}",
+                })  # fmt: skip
         for split in dict.fromkeys(row["split"] for row in kinds):
             of_split = [row | {"kind": f"{row['kind']} ({row['n']})"} for row in kinds if row["split"] == split]
             title = f"{env}, {split}: mean reward by kind of task (number of tasks)"
             _print(console, title, of_split, "kind", "method", {"": lambda row: number(row["reward"])})
-    for sentence in [*findings(tables["paired"]), errors_told(tables)]:
+    for sentence in [*findings(tables["paired"]), *contrasts_told(tables["contrasts"]), errors_told(tables)]:
         console.print(sentence, highlight=False)
 
 
 def _reward_told(row: Row) -> str:
     return f"{number(row['reward'])} {ci(row['reward_low'], row['reward_high'])}"
+
+
+def _difference_told(row: Row) -> str:
+    return f"{row['difference']:+.3f} {ci(row['low'], row['high'])}".strip()
+
+
+def labelled(contrasts: Iterable[Row]) -> list[Row]:
+    """The rows with both policies in place of the method, as `dmpo less dpo`."""
+    return [row | {"method": f"{row['method']} less {row['baseline']}"} for row in contrasts]
 
 
 def _print(
@@ -455,11 +534,10 @@ def _print(
 
 def findings(paired: Sequence[Row]) -> list[str]:
     """Three sentences on the trained policies: better, worse, or not told apart from the SFT policy they began from."""
-    rows = [row for row in paired if row["method"] != "random"]
     told = {
         verdict: [
-            f"{row['method']} on {row['env']} {row['split']} ({row['difference']:+.3f} {ci(row['low'], row['high'])})"
-            for row in rows
+            f"{row['method']} on {row['env']} {row['split']} ({_difference_told(row)})"
+            for row in paired
             if row["verdict"] == verdict
         ]
         for verdict in ("better", "worse", "not told apart")
@@ -469,6 +547,15 @@ def findings(paired: Sequence[Row]) -> list[str]:
         f"Worse: {', '.join(told['worse']) or 'none'}.",
         f"Not told apart from it: {', '.join(told['not told apart']) or 'none'}.",
     ]
+
+
+def contrasts_told(contrasts: Sequence[Row]) -> list[str]:
+    """A sentence on each contrast: where the one policy is better or worse than the other, or not told apart."""
+    found: dict[str, list[str]] = {}
+    for row in labelled(contrasts):
+        place = f"{row['verdict']} on {row['env']} {row['split']} ({_difference_told(row)})"
+        found.setdefault(row["method"], []).append(place)
+    return [f"{compared}: {', '.join(places)}." for compared, places in found.items()]
 
 
 def errors_told(tables: Tables) -> str:

@@ -48,8 +48,10 @@ def main(options: argparse.Namespace) -> int:
     policies = list(dict.fromkeys(episodes["method"]))
     if options.baseline not in policies:
         raise ValueError(f"No policy {options.baseline!r} was evaluated; these were: {', '.join(policies)}.")
-    compared = [one for one in policies if one not in (options.baseline, "expert")]
-    tables = report.write_tables(options.to, episodes, [(compared, options.baseline)])
+    others = [one for one in policies if one not in (options.baseline, "expert")]
+    bounds = [one for one in others if one in ("random", "bon")]
+    trained = [one for one in others if one not in bounds]
+    tables = report.write_tables(options.to, episodes, {options.baseline: trained}, {options.baseline: bounds})
     learnt = [one for one in policies if one not in ("random", "sft", "expert")]
     for env in dict.fromkeys(episodes["env"]):
         rewards, by_seed = ([row for row in tables[name] if row["env"] == env] for name in ("rewards", "by_seed"))

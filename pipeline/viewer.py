@@ -1,17 +1,25 @@
 """What the report's trajectory viewer shows, as JSON: a sample of episodes and pairs, and the weight of each turn."""
 
+import functools
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline import arms
+from pipeline import arms, choose, runs
 from pipeline.config import Config
+from pipeline.methods import Method
 from pipeline.records import Message, Pair, Trajectory
+
+if TYPE_CHECKING:
+    from pipeline.rendering import Renderer
 
 R = TypeVar("R", Trajectory, Pair)
 Json = dict[str, Any]
+Count = Callable[[Sequence[Message], Sequence[Message], Sequence[Sequence[int]]], int | None]
+"""How many tokens of a trajectory, given as `Renderer.render` takes it, are the policy's."""
 
 EMBEDDED = 60
 """Most episodes, or pairs, of one environment, seed, policy and split; `python -m pipeline inspect` shows the rest."""
@@ -33,10 +41,11 @@ def content(
 
     Returns:
         `items`: one for each episode or pair shown, with its one or two `sides`; `prompts`: conversations before the
-        task, which items name by index; `groups`: how many of how many are shown; `weights`: of the turns of a
-        trajectory, by method and number of turns (of `permuted`, which training draws anew for every trajectory, one
-        draw); `gammas`: by method, null where none is used.
+        task, which items name by index; `groups`: how many of how many are shown; `weightings`: see `weightings`;
+        `weights`: of the turns of a trajectory, by the table that a weighting names and number of turns (of `permuted`,
+        which training draws anew for every trajectory, one draw).
     """
+    per_token = any(arm.method == Method.DPO_NORM for arm in arms.of(config))
     kinds = {one.id: one.kind for group in episodes.values() for one in group}
     prompts: list[list[Message]] = []
     items: list[Json] = []
@@ -66,18 +75,42 @@ def content(
             for one in group
         }
         group = {"env": env, "seed": seed, "policy": PAIRS, "split": "train"}
-        add(group, found, lambda one, known=known: _pair_sides(one, known))  # type: ignore[misc]
+        count = _counter(config, env, seed) if per_token else _uncounted
+        add(group, found, lambda one, known=known, count=count: _pair_sides(one, known, count))  # type: ignore[misc]
     for (env, seed, policy, split), played in episodes.items():
-        add({"env": env, "seed": seed, "policy": policy, "split": split}, played, lambda one: [_side(one, one.policy)])
-    weighted = [(arm, arm.method.discount) for arm in arms.of(config) if arm.method.discount is not None]
+        group = {"env": env, "seed": seed, "policy": policy, "split": split}
+        count = _counter(config, env, seed) if per_token else _uncounted
+        add(group, played, lambda one, count=count: [_side(one, one.policy, count)])  # type: ignore[misc]
     lengths = sorted({len(side["turns"]) for item in items for side in item["sides"]} - {0})
+    found_weightings = weightings(config)
+    tables = {one["table"]: (one["discount"], one["gamma"]) for one in found_weightings}
     return {
         "items": items,
         "prompts": prompts,
         "groups": groups,
-        "weights": {arm.name: _weights(weighting, lengths, arm.config.train.gamma) for arm, weighting in weighted},
-        "gammas": {arm.name: arm.config.train.gamma if weighting.uses_gamma else None for arm, weighting in weighted},
+        "weightings": found_weightings,
+        "weights": {table: _weights(discount, lengths, gamma or 0.0) for table, (discount, gamma) in tables.items()},
     }
+
+
+def weightings(config: Config) -> list[Json]:
+    """How each preference policy weighs turns, for every environment and seed: of an arm with `choose`, as was chosen.
+
+    Returns:
+        `env`, `seed`, `policy`; `discount`; `gamma`, null where none is used; `beta`; `table`, one name for one
+        discount and gamma; `per_token`: whether the weights are divided by the trajectory's number of the policy's
+        tokens.
+    """
+    found: list[Json] = []
+    for env, seed, arm in itertools.product(config.env.names, config.seed, arms.of(config)):
+        if (discount := arm.method.discount) is not None:
+            train = choose.chosen(arm, env, seed).config.train
+            gamma = train.gamma if discount.uses_gamma else None
+            found.append(
+                {"env": env, "seed": seed, "policy": arm.name, "discount": discount, "gamma": gamma}
+                | {"beta": train.beta, "table": f"{discount} {gamma}", "per_token": arm.method == Method.DPO_NORM}
+            )
+    return found
 
 
 def sample(records: Sequence[R], kinds: Mapping[str, str], limit: int = EMBEDDED) -> list[R]:
@@ -90,7 +123,7 @@ def sample(records: Sequence[R], kinds: Mapping[str, str], limit: int = EMBEDDED
     by_kind: dict[str, list[int]] = defaultdict(list)
     for place in sorted(range(len(records)), key=lambda place: _shuffled(records[place])):
         by_kind[kinds[records[place].id]].append(place)
-    in_turn = [place for rank in zip_longest(*(by_kind[name] for name in sorted(by_kind))) for place in rank]
+    in_turn = [place for rank in itertools.zip_longest(*(by_kind[name] for name in sorted(by_kind))) for place in rank]
     return [records[place] for place in sorted([place for place in in_turn if place is not None][:limit])]
 
 
@@ -99,8 +132,9 @@ def _shuffled(record: Trajectory | Pair) -> str:
     return hashlib.sha256(f"{record.id} {attempt}".encode()).hexdigest()
 
 
-def _side(trajectory: Trajectory, title: str) -> Json:
+def _side(trajectory: Trajectory, title: str, count: Count) -> Json:
     """One trajectory; its turns are [reply, observation, reward so far, valid]."""
+    ids = [turn.token_ids for turn in trajectory.turns]
     return {
         "title": title,
         "source": trajectory.source,
@@ -108,11 +142,12 @@ def _side(trajectory: Trajectory, title: str) -> Json:
         "reward": trajectory.reward,
         "success": trajectory.success,
         "note": trajectory.note,
+        "tokens": count(trajectory.prompt, trajectory.completion, ids),
         "turns": [[turn.text, turn.observation, turn.reward, turn.valid] for turn in trajectory.turns],
     }
 
 
-def _pair_sides(pair: Pair, known: Mapping[tuple[str, str], Trajectory]) -> list[Json]:
+def _pair_sides(pair: Pair, known: Mapping[tuple[str, str], Trajectory], count: Count) -> list[Json]:
     """Chosen and rejected; what a pair does not record of its turns comes from the trajectory it was made of."""
     sides = []
     for title in ("chosen", "rejected"):
@@ -125,13 +160,41 @@ def _pair_sides(pair: Pair, known: Mapping[tuple[str, str], Trajectory]) -> list
             "reward": getattr(pair, f"{title}_reward"),
             "success": None,
             "note": None,
+            "tokens": count(pair.prompt, messages, getattr(pair, f"{title}_token_ids")),
             "turns": _turns(messages),
         }
         origin = known.get((source, pair.id))
         if origin and [turn.text for turn in origin.turns] == [turn[0] for turn in side["turns"]]:
-            side = _side(origin, title)
+            side = _side(origin, title, count)
         sides.append(side)
     return sides
+
+
+def _uncounted(prompt: Sequence[Message], completion: Sequence[Message], ids: Sequence[Sequence[int]]) -> None:
+    """The `Count` of a run in which no weight hangs on the number of tokens."""
+
+
+def _counter(config: Config, env: str, seed: int) -> Count:
+    """Counts as training does before anything is cut: an engine's ids, or what the SFT policy's tokenizer makes."""
+    checkpoint = (runs.seed_folder(config, env, seed) / "sft" / "policy").resolve()
+
+    def count(prompt: Sequence[Message], completion: Sequence[Message], ids: Sequence[Sequence[int]]) -> int:
+        if not completion:
+            return 0
+        if ids and all(ids):
+            return sum(map(len, ids))
+        return _renderer(checkpoint).render(prompt, completion, ids).trained_tokens
+
+    return count
+
+
+@functools.cache
+def _renderer(checkpoint: Path) -> "Renderer":
+    from transformers import AutoTokenizer
+
+    from pipeline.rendering import Renderer
+
+    return Renderer(AutoTokenizer.from_pretrained(checkpoint))
 
 
 def _turns(messages: Sequence[Message]) -> list[list[Any]]:

@@ -3,8 +3,9 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-from pipeline import runs
+from pipeline import arms, choose, runs
 from pipeline.config import Config
 from pipeline.records import EpisodeStatus, Message, Pair, Trajectory, Turn, write_jsonl
 
@@ -14,7 +15,9 @@ KINDS = ("boil", "find-plant", "lifespan-longest", "use-thermometer")
 SKILL = {"random": 0.05, "sft": 0.4, "dmpo": 0.55, "dpo": 0.5, "permuted": 0.45, "expert": 1.0}
 
 
-def make_run(*, methods: list[str], seeds: list[int], tasks: int, name: str = "made-up", gamma: float = 0.7) -> Config:
+def make_run(
+    *, methods: list[str], seeds: list[int], tasks: int, name: str = "made-up", gamma: float = 0.7, **recipe: Any
+) -> Config:
     """Write `runs/NAME` below the working directory.
 
     Args:
@@ -23,9 +26,10 @@ def make_run(*, methods: list[str], seeds: list[int], tasks: int, name: str = "m
         tasks: of each split; kinds of task in turn.
         name: of the run.
         gamma: of the discounts.
+        recipe: further sections; of an arm with `choose` the first candidate is chosen for even seeds, else the last.
     """
     tree = {"run": name, "seed": seeds, "method": methods, "train": {"gamma": gamma}}
-    config = Config.model_validate(tree)
+    config = Config.model_validate(tree | recipe)
     with runs.locked(config):
         pass  # which saves config.yaml
     for seed in seeds:
@@ -39,9 +43,17 @@ def make_run(*, methods: list[str], seeds: list[int], tasks: int, name: str = "m
         facts = {"pairs": len(pairs), "dropped": {"tie": tasks - len(pairs) + 2, "ended in timeout": 0}, "notes": [ODD]}
         _stage(folder / "pairs", {"pairs.jsonl": pairs}, facts)
         _stage(folder / "reference", {}, {"pairs": len(pairs)})
-        for method in methods:
-            _stage(folder / "train" / method, {"log.jsonl": preference_log(method, seed)}, {"steps": 40})
-        for policy in ("random", "sft", *methods, "expert"):
+        for arm in arms.trained(config):
+            for number in range(1, arm.rounds + 1):
+                for stage in ("rollout", "pairs", "reference") if number > 1 else ():
+                    _stage(arm.folder("sciworld", seed, stage, number), {}, {})
+                log = preference_log(f"{arm.name} {number}", seed)
+                _stage(arm.folder("sciworld", seed, "train", number), {"log.jsonl": log}, {"steps": 40})
+        for arm in arms.of(config):
+            if arm.candidates:
+                place = choose.folder(arm, "sciworld", seed)
+                _stage(place, {choose.CHOICE: [{"chosen": arm.candidates[-(seed % 2)].name}]}, {})
+        for policy in ("random", *(arm.name for arm in arms.of(config)), "expert"):
             for split in ("seen", "unseen"):
                 episodes = [play(policy, split, seed, task) for task in range(tasks)]
                 _stage(folder / "evaluate" / policy / split, {"episodes.jsonl": episodes}, {"episodes": tasks})
@@ -59,7 +71,7 @@ def play(policy: str, split: str, seed: int, task: int) -> Trajectory:
     """One made-up episode; the same arguments give the same one."""
     draw = random.Random(f"{policy} {split} {seed} {task}")
     hard = random.Random(f"{split} {task}").uniform(-0.3, 0.3)
-    skill = SKILL[policy] + hard + draw.uniform(-0.2, 0.2) - 0.08 * (split == "unseen")
+    skill = SKILL.get(policy, 0.5) + hard + draw.uniform(-0.2, 0.2) - 0.08 * (split == "unseen")
     reward = 1.0 if policy == "expert" else round(min(1.0, max(0.0, skill)), 2)
     kind = KINDS[task % len(KINDS)]
     count = draw.randint(3, 7) if policy == "expert" else draw.randint(4, 12)
@@ -144,10 +156,10 @@ def sft_log(seed: int) -> list[dict]:
     ]
 
 
-def preference_log(method: str, seed: int) -> list[dict]:
+def preference_log(name: str, seed: int) -> list[dict]:
     """Preference training; as training writes it, with a line that a resumed run wrote twice."""
-    draw = random.Random(f"{method} {seed}")
-    pull = SKILL[method]
+    draw = random.Random(f"{name} {seed}")
+    pull = draw.uniform(0.4, 0.6)
     lines = [
         {
             "step": step,
@@ -161,6 +173,8 @@ def preference_log(method: str, seed: int) -> list[dict]:
             "rejected_reward": -0.02 * step,
             "chosen_logprob_by_turn": [-6 - turn / 2 + step / 50 for turn in range(7)],
             "rejected_logprob_by_turn": [-7 - turn / 3 - step / 30 for turn in range(12)] + [None],
+            "chosen_logratio_by_turn": [-(step - 1) * (turn + 1) / 400 for turn in range(7)],
+            "rejected_logratio_by_turn": [-(step - 1) * (turn + 1) / 200 for turn in range(12)] + [None],
         }
         for step in range(1, 41)
     ]

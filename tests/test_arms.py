@@ -232,6 +232,11 @@ def test_the_best_on_dev_is_chosen_the_first_of_equal_ones(tmp_path, monkeypatch
     manifest = runs.read_manifest(BASE / "choose/picked", "evaluate")
     assert manifest["facts"]["notes"].startswith("picked@train.gamma=0.5 was chosen by its reward on dev (")
     assert choose.best(picked, "sciworld", 0).config.train.gamma == 0.5
+    assert choose.chosen(picked, "sciworld", 0).name == "picked@train.gamma=0.5"
+    assert choose.chosen(picked.candidates[0], "sciworld", 0) is picked.candidates[0]
+    other = arm("picked", env={"dev_tasks": 2}, arms={"picked": keys | {"choose": {"train.gamma": [0.7]}}})
+    with pytest.raises(ValueError, match=r"names picked@train.gamma=0.5, no candidate of picked now; run .*`evaluate`"):
+        choose.chosen(other, "sciworld", 0)
 
 
 def test_rft_learns_from_each_different_success_once():

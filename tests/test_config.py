@@ -85,6 +85,11 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["model.lora_alpha=2"], "has no effect: model.lora_rank is 0"),
         (["model.load_in_4bit=true"], "load_in_4bit is of the frozen base of a LoRA policy; set model.lora_rank"),
         (["pairs.corruption=random"], "has no effect: pairs.corrupted is 0"),
+        (["compare=[[dpo, dmpo]]"], "compare: the run has no policy 'dpo' to compare; it has sft, dmpo."),
+        (["compare=[[bon, dmpo]]", "method=bon,dmpo"], "compare: the run has no policy 'bon' to compare; it has sft,"),
+        (["compare=[[dmpo, dmpo]]"], "compare: dmpo is set against itself"),
+        (["compare=[[sft, dmpo], [sft, dmpo]]"], "compare: names something twice"),
+        (["compare=[dmpo]"], "compare.0: Input should be a valid tuple"),
         (["pairs.min_gap=0.1", "pairs.reward=success"], "has no effect: pairs.reward=success knows 0 and 1 alone"),
         (["pairs.min_turns=5", "pairs.max_turns=4"], "min_turns 5 is more than max_turns 4"),
         (["pairs.min_turn_gap=5", "pairs.max_turn_gap=4"], "min_turn_gap 5 is more than max_turn_gap 4"),
@@ -171,6 +176,18 @@ def test_a_recipe_builds_on_another(recipe, tmp_path):
     assert (loaded.sft.epochs, loaded.sft.learning_rate, loaded.run) == (5, 1e-3, "above")
     assert loaded.method == ["dpo"]
     assert list(loaded.arms) == ["b"]
+
+
+def test_what_is_compared_goes_with_the_arms(recipe, tmp_path):
+    below = recipe("arms: {a: {method: dpo}}\ncompare: [[a, dmpo]]\n")
+    above = tmp_path / "above.yaml"
+    above.write_text(f"base: {below}\nseed: 1\n")
+    assert load(str(above)).compare == [("a", "dmpo")]
+    above.write_text(f"base: {below}\narms: {{b: {{method: mean}}}}\n")
+    assert load(str(above)).compare == []
+    again = load(str(above), ["compare=[[b, dmpo]]"])
+    assert again.compare == [("b", "dmpo")]
+    assert again.differing({"seed": 2}).compare == []
 
 
 def test_a_recipe_that_builds_on_itself_is_refused(recipe, tmp_path):

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from pipeline import report
 from pipeline.axes import Axis
 from pipeline.config import Config
 from pipeline.figures import draw
-from pipeline.records import Trajectory, read_jsonl
-from pipeline.statistics import COLUMNS
-from pipeline.viewer import EMBEDDED, content, sample
+from pipeline.records import Trajectory, read_jsonl, write_jsonl
+from pipeline.rendering import Renderer
+from pipeline.statistics import COLUMNS, holm
+from pipeline.viewer import EMBEDDED, content, sample, weightings
 from tests.synthetic_run import ODD, SCRIPT, make_run, play
+from tests.tiny_policy import save_tiny_policy
 
 METHODS = ["dmpo", "dpo"]
 TASKS = EMBEDDED + 6
@@ -155,16 +159,46 @@ def test_a_page_without_training_logs(small: Config):
     assert {path.stem for path in (small.folder / "figures").iterdir()} == {"rewards-sciworld"}
 
 
+def row_of(method: str) -> dict[str, Any]:
+    return {"method": method, "split": "seen", "n": 1, "reward": 0.5, "reward_low": None, "reward_high": None}
+
+
 def test_logs_of_any_shape_are_drawn():
     logs = {
         ("sft", 0): [{"step": 1, "loss": 2.0}],
         ("dmpo", 0): [{"step": 1, "loss": float("nan"), "new_number": 1, "text": "x"}, {"step": 2, "margin": None}],
-        ("mean", 0): [{"step": 1, "chosen_logp_per_turn": [-1.0, None]}, {"epoch": 1}],
+        ("mean", 0): [{"step": 1, "chosen_logratio_by_turn": [-1.0, None]}, {"epoch": 1}],
     }
-    row = {"method": "dmpo", "split": "seen", "n": 1, "reward": 0.5, "reward_low": None, "reward_high": None}
+    row = row_of("dmpo")
     drawn = draw("toy", [row], [row], logs, ["dmpo", "mean"], None)
     assert [axes.get_title() for axes in drawn["preference-toy"].axes] == ["new number"]
     assert [axes.get_title() for axes in drawn["turns-toy"].axes] == ["mean"]
+
+
+def test_turns_are_drawn_as_means_over_thirds_of_training_and_seeds():
+    course = [[0.0], [-1.0, None], [-2.0, -4.0], [-3.0], [-4.0, -8.0], [-5.0]]
+    logs = {
+        ("dmpo", seed): [
+            {"step": step, "chosen_logratio_by_turn": [value and value * (1 + 2 * seed) for value in values]}
+            for step, values in enumerate(course)
+        ]
+        for seed in (0, 1)
+    }
+    row = row_of("dmpo")
+    (panel,) = draw("toy", [row], [row], logs, ["dmpo"], None)["turns-toy"].axes
+    reference, *chosen = [list(line.get_ydata()) for line in panel.lines][:4]
+    assert reference == [0, 0]
+    assert chosen[0][0] == -1.0
+    assert chosen[1:] == [[-5.0, -8.0], [-9.0, -16.0]]
+    assert all(math.isnan(value) for value in chosen[0][1:])
+
+
+def test_the_legend_of_a_study_is_no_wider_than_its_figure():
+    names = [f"g0.{gamma}-noise{noise}" for gamma in range(4) for noise in ("0.0", "0.5", "1.0")]
+    logs = {(name, 0): [{"step": 1, "chosen_reward": 0.0, "loss": 1.0, "kl": 0.0}] for name in names}
+    figure = draw("toy", [row_of("dmpo")], [], logs, names, None)["preference-toy"]
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().width < figure.bbox.width
 
 
 def test_a_study_is_drawn_over_what_it_varies():
@@ -223,14 +257,113 @@ def test_the_sample_shows_all_policies_on_the_same_tasks_and_every_kind():
     assert sample(sft, kinds, 40) == sft
 
 
+def test_an_arm_with_choose_is_told_by_what_was_chosen_for_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    named = {"picked": {"method": "dmpo", "choose": {"train.gamma": [0.5, 0.9]}}}
+    config = make_run(methods=["dmpo", "eto"], seeds=[0, 1, 2], tasks=2, env={"dev_tasks": 1}, arms=named)
+    seeds = [config.folder / "sciworld" / f"seed{seed}" for seed in (0, 1, 2)]
+    logs = report.training_logs(config, "sciworld")
+    assert {name for name, _ in logs} == {"sft", "dmpo", "eto", "eto, round 1", "picked"}
+    for seed, gamma in enumerate((0.5, 0.9, 0.5)):
+        assert logs["picked", seed] == report.read_log(seeds[seed] / f"train/picked@train.gamma={gamma}/log.jsonl")
+    assert logs["eto, round 1", 2] == report.read_log(seeds[2] / "rounds/eto/1/train/log.jsonl")
+    found = [one for one in weightings(config) if one["policy"] == "picked"]
+    assert [(one["seed"], one["gamma"]) for one in found] == [(0, 0.5), (1, 0.9), (2, 0.5)]
+    assert report.discounts_told(weightings(config)) == [
+        "dmpo: γ = 0.7, β = 0.1",  # noqa: RUF001
+        "eto: β = 0.1",
+        "picked: γ = 0.5 (2 of 3), 0.9 (1 of 3), β = 0.1",  # noqa: RUF001
+    ]
+    report.main(config)
+    for figure in ("preference-sciworld", "turns-sciworld"):
+        drawn = (config.folder / "figures" / f"{figure}.svg").read_text("utf-8")
+        assert all(f">{name}<" in drawn for name in ("picked", "eto", "eto, round 1"))
+
+
+def test_arms_of_one_training_have_its_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    harder = {"harder": {"method": "dmpo", "evaluate.env": {"example": False}}}
+    config = make_run(methods=["dmpo"], seeds=[0], tasks=2, arms=harder)
+    assert list(report.training_logs(config, "sciworld")) == [("sft", 0), ("dmpo", 0)]
+
+
+def test_contrasts_are_judged_with_the_other_comparisons_and_bounds_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    contrasts = [("dpo", "dmpo"), ("sft", "dmpo"), ("mean", "dmpo")]  # the second is compared anyway
+    config = make_run(methods=["bon", "dmpo", "dpo", "mean"], seeds=[0], tasks=12, compare=contrasts)
+    report.main(config)
+    rows = rows_of(config.folder / "differences.csv")
+    compared = [(row["method"], row["baseline"]) for row in rows if row["split"] == "seen"]
+    judged = [("dmpo", "sft"), ("dpo", "sft"), ("mean", "sft"), ("dmpo", "dpo"), ("dmpo", "mean")]
+    assert compared == [*judged, ("random", "sft"), ("bon", "sft")]
+    family = [row for row in rows if row["method"] not in ("random", "bon")]
+    assert [float(row["p_holm"]) for row in family] == pytest.approx(
+        holm([float(row["p"]) for row in family]), abs=1e-5
+    )
+    assert {(row["p_holm"], row["verdict"]) for row in rows if row not in family} == {("", "not judged")}
+    told = json.loads((config.folder / "report" / "tables.json").read_text("utf-8"))
+    assert {(row["method"], row["baseline"]) for row in told["contrasts"]} == {("dmpo", "dpo"), ("dmpo", "mean")}
+    sentences = [*report.findings(told["paired"]), *report.contrasts_told(told["contrasts"])]
+    assert not any(name in sentence for sentence in sentences for name in ("random", "bon"))
+    seen = next(row for row in rows if (row["method"], row["baseline"], row["split"]) == ("dmpo", "dpo", "seen"))
+    start = f"dmpo less dpo: {seen['verdict']} on sciworld seen ({float(seen['difference']):+.3f} ["
+    assert sentences[3].startswith(start)
+    page = (config.folder / "report.html").read_text("utf-8")
+    assert start in page
+    assert '<th scope="row">dmpo less mean</th>' in page
+    assert "dmpo less mean" in capsys.readouterr().out
+
+
+def test_a_run_without_a_trained_policy_has_bounds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_run(methods=["bon"], seeds=[0], tasks=2)
+    report.main(config)
+    assert {row["method"] for row in rows_of(config.folder / "differences.csv")} == {"random", "bon"}
+
+
+def norm_run() -> Config:
+    """A run of `dpo_norm` with a tokenizer; an engine played its SFT policy."""
+    config = make_run(methods=["dpo_norm"], seeds=[0], tasks=2)
+    save_tiny_policy(config.folder / "sciworld" / "seed0" / "sft" / "policy")
+    path = config.folder / "sciworld" / "seed0" / "evaluate" / "sft" / "seen" / "episodes.jsonl"
+    played = read_jsonl(path, Trajectory)
+    for one in played:
+        for turn in one.turns:
+            turn.token_ids = [1, 2, 3]
+    write_jsonl(path, played)
+    return config
+
+
+def test_length_normalised_weights_are_one_over_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = norm_run()
+    folder = config.folder / "sciworld" / "seed0"
+    played = {
+        ("sciworld", 0, policy, "seen"): read_jsonl(
+            folder / "evaluate" / policy / "seen" / "episodes.jsonl", Trajectory
+        )
+        for policy in ("sft", "expert")
+    }
+    told = content(config, played, {})
+    assert [(one["policy"], one["per_token"]) for one in told["weightings"]] == [("dpo_norm", True)]
+    renderer = Renderer(AutoTokenizer.from_pretrained(folder / "sft" / "policy"))
+    engine, expert = played.values()
+    expected = [3 * len(one.turns) for one in engine]
+    expected += [renderer.render(one.prompt, one.completion).trained_tokens for one in expert]
+    assert [item["sides"][0]["tokens"] for item in told["items"]] == expected
+
+
 def test_viewer_weights_are_the_discounts(small: Config):
     played = {("sciworld", 0, "sft", "seen"): [play("sft", "seen", 0, task) for task in range(3)]}
     told = content(small, played, {})
     for item in told["items"]:
         turns = len(item["sides"][0]["turns"])
         expected = [0.7**t * (1 - 0.7 ** (turns - t)) / (1 - 0.7**turns) for t in range(turns)]
-        assert told["weights"]["dmpo"][turns] == pytest.approx(expected, abs=1e-5)
-    assert told["gammas"] == {"dmpo": 0.7}
+        assert told["weights"][told["weightings"][0]["table"]][turns] == pytest.approx(expected, abs=1e-5)
+    assert [(one["policy"], one["gamma"], one["per_token"]) for one in told["weightings"]] == [("dmpo", 0.7, False)]
+    assert {item["sides"][0]["tokens"] for item in told["items"]} == {None}
 
 
 # ---- In a browser ----
@@ -324,6 +457,22 @@ def test_turns_are_shaded_by_the_chosen_methods_weight(page: Any):
     assert set(shading(page)) == {faded[0]}
     options = page.eval_on_selector_all("#viewer-weights option", "all => all.map(one => one.textContent)")
     assert options == ["dmpo, γ = 0.7", "dpo"]  # noqa: RUF001
+
+
+@pytest.mark.browser
+def test_length_normalised_weights_are_shown(browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = norm_run()
+    report.main(config)
+    page = browser.new_page()
+    page.goto((config.folder / "report.html").resolve().as_uri())
+    page.wait_for_selector(".turn")
+    page.select_option("#viewer-policy", "sft")
+    page.select_option("#viewer-split", "seen")
+    numbers = page.eval_on_selector_all(".turn", "all => all.map(one => Number(one.dataset.phi))")
+    assert numbers == pytest.approx([1 / (3 * len(numbers))] * len(numbers))
+    assert page.text_content("#viewer-weights option") == "dpo_norm, 1 / tokens"
+    page.close()
 
 
 @pytest.mark.browser
@@ -424,7 +573,7 @@ def test_findings_are_three_sentences_and_call_nothing_better_that_is_not_told_a
     rows = [
         row | {"method": "dmpo", "verdict": "better"},
         row | {"method": "dpo", "verdict": "not told apart"},
-        row | {"method": "random", "verdict": "worse"},
+        row | {"method": "random", "verdict": "not judged"},
     ]
     assert report.findings(rows) == [
         "Better than the SFT policy: dmpo on sciworld seen (+0.050 [0.010, 0.090]).",

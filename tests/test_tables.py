@@ -41,7 +41,7 @@ def test_seeds_that_were_run_apart_give_the_tables_of_one_run(capsys):
     run([0], "first")
     whole, second = run([0, 1], "whole"), run([1], "second")
     episodes = statistics.episode_table(pd.read_csv(whole / "episodes.csv"))
-    report.write_tables(whole, episodes, [(["random", "dmpo", "dpo"], "sft")])
+    report.write_tables(whole, episodes, {"sft": ["dmpo", "dpo"]}, {"sft": ["random"]})
     assert tables("first", second, "--to", "both") == 0
     printed = capsys.readouterr().out
     assert "sciworld: mean reward with 95 % CI" in printed

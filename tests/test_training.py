@@ -286,6 +286,10 @@ def test_preference_log_is_what_the_formulas_give(tmp_path):
     assert line["kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-3)
     third = [pair[1][2] for pair in policy if len(pair[1]) > 2]
     assert line["rejected_logprob_by_turn"][2] == pytest.approx(mean(third), rel=1e-5)
+    for side, ratio in (("chosen", 0.25), ("rejected", 0.5)):
+        by_turn = [value for value in line[f"{side}_logratio_by_turn"] if value is not None]
+        assert by_turn == pytest.approx([ratio] * len(by_turn), rel=1e-3)
+        assert len(by_turn) == max(pair[side == "rejected"].turns for pair in pairs)
 
 
 def test_sft_term_smoothing_and_length_normalisation_are_what_the_formulas_give(tmp_path):
