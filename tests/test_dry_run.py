@@ -2,6 +2,7 @@
 
 import operator
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from envs import alfworld, sciworld, webshop
 from pipeline import arms, dry_run, memory, models, runs, speed
@@ -268,6 +271,21 @@ def test_processes_are_those_that_the_launch_command_starts(tmp_path):
     path.write_text("mixed_precision: bf16\n")
     with pytest.raises(ValueError, match=r"eight.yaml, which says no num_processes .*give --gpus"):
         dry_run.launched(f"accelerate launch --config_file {path}")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_the_command_for_two_nodes_is_one_that_the_launcher_takes(node, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch = re.search(r' LAUNCH="(accelerate launch .*?)"', (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    launch = launch.replace("\\\n", "") + f" --machine_rank {node}"
+    assert dry_run.launched(launch) == 16
+    command = [*shlex.split(launch)[2:], "-m", "pipeline", "sft", "llama2-7b"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert arguments.use_fsdp
+    told = prepare_multi_gpu_env(arguments)
+    assert told["FSDP_VERSION"] == "2"
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", node)
+    assert (arguments.rdzv_endpoint, arguments.rdzv_conf) == ("NODE1:29500", "timeout=86400")
 
 
 def test_the_script_passes_the_flag_on():
