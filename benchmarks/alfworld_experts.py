@@ -3,7 +3,8 @@
     python -m benchmarks.alfworld_experts [--games 300] [--json FILE]
 
 The games are those of the recipes' default settings, made if they are not there yet; every shipped game was won by the
-plan when it was made, and the ones that were left out are counted.
+plan when it was made, and the ones that were left out are counted. Ratios are the handcoded expert's figure over the
+plan's; steps are those of the games that each of them won.
 """
 
 import argparse
@@ -42,13 +43,16 @@ def main() -> None:
         for kind, found in sorted(steps.items(), key=lambda item: (item[0] == "all", item[0])):
             won = [one for one in found if one is not None]
             rows[kind] |= {"games": len(found), f"{expert}_won": len(won), f"{expert}_steps": mean(won or [0])}
+    for row in rows.values():
+        row |= {f"{what}_ratio": row[f"handcoded_{what}"] / row[f"plan_{what}"] for what in ("won", "steps")}
     _, index = tree(settings)
 
-    print(f"{'type':<34}{'games':>6}{'handcoded won':>15}{'steps':>7}{'plan won':>10}{'steps':>7}")
+    heads = f"{'handcoded won':>15}{'steps':>7}{'plan won':>10}{'steps':>7}{'won x':>8}{'steps x':>9}"
+    print(f"{'type':<34}{'games':>6}{heads}")
     for kind, row in rows.items():
         print(
             f"{kind:<34}{row['games']:>6}{row['handcoded_won']:>15}{row['handcoded_steps']:>7.1f}"
-            f"{row['plan_won']:>10}{row['plan_steps']:>7.1f}"
+            f"{row['plan_won']:>10}{row['plan_steps']:>7.1f}{row['won_ratio']:>8.2f}{row['steps_ratio']:>9.2f}"
         )
     sizes = {split: len(found) for split, found in index.games.items()}
     print(f"games of all splits: {sizes}, left out: {index.skipped}")

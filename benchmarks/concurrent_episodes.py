@@ -11,6 +11,10 @@ this one, so that all are alive. Then each begins another task, `--rounds` times
     grown      MiB that came after the first round: what a longer run would add to
     steps/s    by the clock, and per second of the workers' and children's processor time; without the resets
     answered   sessions whose every observation was the one that the expert got when it played alone
+
+There is no second side: the packages give each episode a simulator of its own (a JVM, a process of TextWorld), whose
+memory and speed `benchmarks.environment_steps` sets beside ours. What bounds the figures is the row of one episode (256
+can take no more steps per CPU second), the machine's memory (MiB each times episodes), and its processors.
 """
 
 import argparse

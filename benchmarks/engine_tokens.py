@@ -41,6 +41,11 @@ class Measurement:
         """Generated tokens per second."""
         return self.tokens / self.seconds
 
+    @property
+    def cpu_rate(self) -> float:
+        """Generated tokens per second of processor time."""
+        return self.tokens / self.cpu_seconds
+
 
 def main() -> None:
     """Measure and print."""
@@ -53,9 +58,9 @@ def main() -> None:
             Path(folder), vocab_size=VOCABULARY, hidden_size=256, layers=4, heads=4, max_length=MAX_LENGTH
         )
         start_seconds, measurements = measure(policy, arguments.requests)
-    show(start_seconds, measurements)
+    rows = compared(measurements)
+    show(start_seconds, rows)
     if arguments.json:
-        rows = [asdict(measurement) | {"tokens_per_second": measurement.rate} for measurement in measurements]
         arguments.json.write_text(json.dumps({"start_seconds": start_seconds, "measurements": rows}, indent=1))
 
 
@@ -70,9 +75,11 @@ def measure(policy: Path, requests: int) -> tuple[float, list[Measurement]]:
         for at_once in dict.fromkeys((requests, 64, 16, 1)):
             name = "ours, all at once" if at_once == requests else f"ours, {at_once} at once"
             count = max(16, min(requests, 8 * at_once))
-            measurements.append(
-                best(name, lambda run, n=count, k=at_once: asyncio.run(ask_ours(engine, prompts(run, n), k)))
-            )
+
+            def ask(run: int, count: int = count, at_once: int = at_once) -> int:
+                return asyncio.run(ask_ours(engine, prompts(run, count), at_once))
+
+            measurements.append(best(name, ask))
     return start_seconds, measurements
 
 
@@ -121,16 +128,25 @@ async def ask_ours(engine: Any, batch: list[list[int]], at_once: int) -> int:
     return sum(await asyncio.gather(*(ask(ids) for ids in batch)))
 
 
-def show(start_seconds: float, measurements: list[Measurement]) -> None:
-    """Print a table; ratios are to the first row."""
+def compared(measurements: list[Measurement]) -> list[dict[str, Any]]:
+    """A row each, with its two rates and their ratios to the first one's, which is vLLM alone."""
+    bare = measurements[0]
+    return [
+        asdict(one)
+        | {"tokens_per_second": one.rate, "ratio": one.rate / bare.rate}
+        | {"tokens_per_cpu_second": one.cpu_rate, "cpu_ratio": one.cpu_rate / bare.cpu_rate}
+        for one in measurements
+    ]
+
+
+def show(start_seconds: float, rows: list[dict[str, Any]]) -> None:
+    """Print a table."""
     print(f"vLLM started in {start_seconds:.1f} s, imports included\n")
     print(f"{'':26}{'tokens':>8}{'tokens/s':>10}{'ratio':>7}{'per CPU s':>11}{'ratio':>7}")
-    first = measurements[0]
-    for row in measurements:
-        per_cpu = row.tokens / row.cpu_seconds
+    for row in rows:
         print(
-            f"{row.name:26}{row.tokens:8}{row.rate:10.0f}{row.rate / first.rate:7.2f}"
-            f"{per_cpu:11.0f}{per_cpu / (first.tokens / first.cpu_seconds):7.2f}"
+            f"{row['name']:26}{row['tokens']:8}{row['tokens_per_second']:10.0f}{row['ratio']:7.2f}"
+            f"{row['tokens_per_cpu_second']:11.0f}{row['cpu_ratio']:7.2f}"
         )
 
 

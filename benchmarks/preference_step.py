@@ -3,6 +3,7 @@
     pip install trl==1.16.0
     python -m benchmarks.preference_step [--lengths 500 1000 2000 4000] [--vocabularies 3000 32000 128000]
         [--micro 2] [--json FILE]
+    python -m benchmarks.preference_step --profile --lengths 2000 --vocabularies 32000     where our time goes
 
 All sides train the same new Llama on the same pairs in the same batches, in bfloat16 where the machine multiplies in
 it and in float32 elsewhere, each in a process of its own, one after the
@@ -22,6 +23,9 @@ this is also the time on a machine of one's own. TRL trains on the environment's
 completion), which makes its loss another number and its work the same: on a CPU its output layer meets every position.
 Peak memory is what a process held at most beyond what it held with its libraries loaded: weights, gradients, optimizer
 and activations.
+
+`--profile` prints instead the share of each kind of work in one step of ours, as torch.profiler sees it by the clock;
+OMP_NUM_THREADS=1 keeps it on one thread. The profiler makes what is small and often done look larger than it is.
 """
 
 import argparse
@@ -77,10 +81,10 @@ class Measured:
     """One side of one case."""
 
     side: str
-    pairs_per_cpu_second: float
-    """NaN where the side needs more than `--memory` GiB."""
-    peak_mib: float | None
-    loss: float | None
+    pairs_per_cpu_second: float | None = None
+    """None where the side needs more than `--memory` GiB."""
+    peak_mib: float | None = None
+    loss: float | None = None
     """Of the first step of the timed training; the warm-up's step lies before it, on pairs in each side's own order."""
 
 
@@ -96,34 +100,57 @@ def main() -> None:
     )
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--memory", type=float, default=12.0, metavar="GIB", help="most that a side may take")
+    parser.add_argument("--profile", action="store_true", help="where our time goes, in place of the sides")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
-    print(f"{'tokens':>7}{'vocabulary':>11}  {'side':10}{'pairs/s':>9}{'ours is':>9}{'peak MiB':>10}{'ours is':>9}")
+    rows: list[dict[str, Any]] = []
     for vocabulary in options.vocabularies:
         for length in options.lengths:
             sizes = {"hidden": options.hidden, "layers": options.layers, "micro": options.micro}
             case = Case(length=length, vocabulary=vocabulary, **sizes)
-            measured = [_apart(side, case, options.memory) for side in options.sides]
-            show(case, measured)
-            rows += [asdict(case) | asdict(one) for one in measured]
+            if options.profile:
+                with fresh_processes(1) as process:
+                    found = [process.submit(profile, case).result()]
+                show_shares(case, found[0])
+            else:
+                found = compared([_apart(side, case, options.memory) for side in options.sides])
+                show(case, found, header=not rows)
+            rows += [asdict(case) | one for one in found]
             if options.json:
-                options.json.write_text(json.dumps(rows, indent=1))
+                options.json.write_text(json.dumps(rows, indent=1, allow_nan=False))
 
 
-def show(case: Case, measured: list[Measured]) -> None:
-    """One row a side; ratios are ours over theirs."""
-    ours = measured[0]
-    for one in measured:
-        if math.isnan(one.pairs_per_cpu_second):
-            print(f"{case.length:7}{case.vocabulary:11}  {one.side:10}needs more memory than --memory", flush=True)
-            continue
-        speed = f"{ours.pairs_per_cpu_second / one.pairs_per_cpu_second:.2f} x"
-        memory, less = "", ""
-        if one.peak_mib is not None and ours.peak_mib is not None:
-            memory, less = f"{one.peak_mib:.0f}", f"{ours.peak_mib / one.peak_mib:.2f} x"
-        rate = f"{one.pairs_per_cpu_second:.3f}"
-        print(f"{case.length:7}{case.vocabulary:11}  {one.side:10}{rate:>9}{speed:>9}{memory:>10}{less:>9}", flush=True)
+def compared(measured: list[Measured]) -> list[dict[str, Any]]:
+    """A row a side: what was measured, and `speed_ratio` and `memory_ratio`, ours over theirs; None without either."""
+    ours = next((one for one in measured if one.side == "ours"), Measured(side="ours"))
+    return [
+        asdict(one)
+        | {
+            "speed_ratio": _over(ours.pairs_per_cpu_second, one.pairs_per_cpu_second),
+            "memory_ratio": _over(ours.peak_mib, one.peak_mib),
+        }
+        for one in measured
+    ]
+
+
+def _over(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def show(case: Case, rows: list[dict[str, Any]], *, header: bool) -> None:
+    """One line a side."""
+    if header:
+        print(f"{'tokens':>7}{'vocabulary':>11}  {'side':10}{'pairs/s':>9}{'ours is':>9}{'peak MiB':>10}{'ours is':>9}")
+    formats = {"pairs_per_cpu_second": "9.3f", "speed_ratio": "7.2f", "peak_mib": "10.0f", "memory_ratio": "7.2f"}
+    for row in rows:
+        cells = [
+            (format(row[name], how) + " x" * name.endswith("ratio")) if row[name] is not None else ""
+            for name, how in formats.items()
+        ]
+        told = f"{cells[0]:>9}{cells[1]:>9}{cells[2]:>10}{cells[3]:>9}"
+        if row["pairs_per_cpu_second"] is None:
+            told = "needs more memory than --memory"
+        print(f"{case.length:7}{case.vocabulary:11}  {row['side']:10}{told}", flush=True)
 
 
 def _apart(side: str, case: Case, gib: float) -> Measured:
@@ -131,7 +158,7 @@ def _apart(side: str, case: Case, gib: float) -> Measured:
         try:
             return process.submit(_limited, side, case, gib).result()
         except (MemoryError, BrokenProcessPool):
-            return Measured(side=side, pairs_per_cpu_second=math.nan, peak_mib=None, loss=None)
+            return Measured(side=side)
 
 
 def _limited(side: str, case: Case, gib: float) -> Measured:
@@ -185,18 +212,11 @@ def make_model(case: Case) -> LlamaForCausalLM:
 
 def ours(case: Case) -> Measured:
     """`run_preference`, reference log-probs computed beforehand."""
-    pairs, model = make_pairs(case), make_model(case)
-    config = PreferenceConfig(
-        learning_rate=1e-6, batch_size=BATCH, micro_batch_size=case.micro, epochs=1, save_steps=1000
-    )
-    with peak_memory() as peak, tempfile.TemporaryDirectory() as folder:
-        reference = reference_turn_logprobs(model, pairs, config)
-        facts, seconds = {}, math.nan
-        for steps, name in ((1, "warm"), (STEPS, "timed")):
-            timed = config.model_copy(update={"max_steps": steps})
-            started = time.process_time()
-            facts = run_preference(model, pairs, reference, Discount.TRAJECTORY, timed, Path(folder, name), 0)
-            seconds = time.process_time() - started
+    with peak_memory() as peak, _training(case, STEPS) as train:
+        train(1)
+        started = time.process_time()
+        facts = train(STEPS)
+        seconds = time.process_time() - started
     return Measured(
         side="ours",
         pairs_per_cpu_second=STEPS * BATCH / seconds,
@@ -205,10 +225,71 @@ def ours(case: Case) -> Measured:
     )
 
 
+@contextmanager
+def _training(case: Case, most: int) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """Our training, by the number of its steps, on pairs for so many; reference log-probs are computed beforehand."""
+    pairs, model = make_pairs(case)[: most * BATCH], make_model(case)
+    config = PreferenceConfig(
+        learning_rate=1e-6, batch_size=BATCH, micro_batch_size=case.micro, epochs=1, save_steps=1000
+    )
+    reference = reference_turn_logprobs(model, pairs, config)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train(steps: int) -> dict[str, Any]:
+            timed = config.model_copy(update={"max_steps": steps})
+            anew = Path(tempfile.mkdtemp(dir=folder))
+            return run_preference(model, pairs, reference, Discount.TRAJECTORY, timed, anew, 0)
+
+        yield train
+
+
 def padded(case: Case) -> Measured:
     """Ours without packing."""
     with mock.patch.object(training, "packed_attention", return_value=contextlib.nullcontext()):
         return replace(ours(case), side="padded")
+
+
+def profile(case: Case) -> dict[str, float]:
+    """The share of each of `KINDS` in a training of one step, by the clock; in all 1."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    with _training(case, 1) as train, profiling(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        started = time.perf_counter()
+        train(1)
+        seconds = time.perf_counter() - started
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiler.events():
+        spent[kind(event, case.vocabulary)] += event.self_cpu_time_total / 1e6
+    spent["between operations"] += seconds - sum(spent.values())
+    return {name: part / seconds for name, part in spent.items()}
+
+
+KINDS = ("matrix products", "attention", "output layer", "optimizer", "other operations", "between operations")
+"""Products and attention of the layers, forward and backward; whatever meets the vocabulary (what is computed again for
+the backward pass, and the embedding's gradient); AdamW and the gradients' norm; elementwise operations and copies;
+Python, batches, the log and the checkpoint at the end."""
+
+
+def kind(event: Any, vocabulary: int) -> str:
+    """Which of `KINDS` an operation of a profile belongs to, by its name, its arguments' shapes and what called it."""
+    callers = [event]
+    while callers[-1].cpu_parent is not None:
+        callers.append(callers[-1].cpu_parent)
+    names = [one.name for one in callers]
+    if any(name.startswith(("Optimizer.", "aten::_foreach_")) for name in names):
+        return "optimizer"
+    if any(vocabulary in shape for one in callers for shape in one.input_shapes):
+        return "output layer"
+    if any("scaled_dot_product" in name for name in names):
+        return "attention"
+    return "matrix products" if names[0] in ("aten::mm", "aten::addmm", "aten::bmm") else "other operations"
+
+
+def show_shares(case: Case, shares: dict[str, float]) -> None:
+    """One line a kind of work."""
+    for name, share in shares.items():
+        print(f"{case.length:7}{case.vocabulary:11}  {name:20}{share:6.0%}", flush=True)
 
 
 def trl(case: Case) -> Measured:
@@ -268,7 +349,8 @@ def official(case: Case) -> Measured:
     def logprobs(model: LlamaForCausalLM, ids: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids, attention_mask=(ids > 0).long(), use_cache=False).logits[:, :-1].float()
         each = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return (each * (turn_index[:, 1:] >= 0)).sum(1)
+        found: torch.Tensor = (each * (turn_index[:, 1:] >= 0)).sum(1)
+        return found
 
     def micro_loss(batch: list[tuple[Rendered, Rendered]]) -> torch.Tensor:
         rows = [pair[side] for side in (0, 1) for pair in batch]
@@ -292,7 +374,7 @@ def official(case: Case) -> Measured:
             total = 0.0
             for start in range(step * BATCH, (step + 1) * BATCH, case.micro):
                 loss = micro_loss(pairs[start : start + case.micro])
-                loss.backward()
+                torch.autograd.backward(loss)
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
@@ -322,7 +404,7 @@ def floor(case: Case) -> Measured:
         )
         seconds += case.layers * sum(_attention(len(row.ids), heads) for row in batch)
         seconds += _product(trained, hidden, case.vocabulary)
-    return Measured(side="floor", pairs_per_cpu_second=len(rows) / 2 / seconds, peak_mib=None, loss=None)
+    return Measured(side="floor", pairs_per_cpu_second=len(rows) / 2 / seconds)
 
 
 def _product(tokens: int, inputs: int, outputs: int) -> float:
@@ -336,7 +418,7 @@ def _attention(length: int, heads: int) -> float:
     """Seconds of one row's causal attention, forward and backward."""
     q, k, v = (torch.randn(1, heads, length, 64, dtype=_dtype(), requires_grad=True) for _ in range(3))
     grad = torch.randn(1, heads, length, 64, dtype=_dtype())
-    return _best(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad))
+    return _best(lambda: torch.autograd.backward(F.scaled_dot_product_attention(q, k, v, is_causal=True), grad))
 
 
 def _dtype() -> torch.dtype:

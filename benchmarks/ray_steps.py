@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import envs
 from envs.pool import EnvPool, Session
@@ -45,7 +46,7 @@ def main() -> None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-async def _compare(name: str, args: argparse.Namespace) -> list[dict[str, str | float]]:
+async def _compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one environment."""
     size = [f"workers.processes={args.workers}", f"workers.slots={args.slots}"]
     local, ray = (config.load("tiny", [f"env={name}", f"workers={backend}", *size]) for backend in ("local", "ray"))

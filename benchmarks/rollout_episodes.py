@@ -63,8 +63,12 @@ class Recorder:
         self.tokens += len(completion.token_ids)
         return completion
 
+    def load(self, path: Path, end_token_ids: Sequence[int]) -> None:
+        """See `Engine.load`."""
+        self._engine.load(path, end_token_ids)
+
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`; whoever opened the engine closes it."""
 
 
 async def play(
@@ -96,7 +100,9 @@ async def play(
     }
 
 
-async def alone(engine: Engine, asked: Mapping[str, Sequence[tuple[Sequence[int], Sampling]]], at_once: int) -> dict:
+async def alone(
+    engine: Engine, asked: Mapping[str, Sequence[tuple[Sequence[int], Sampling]]], at_once: int
+) -> dict[str, Any]:
     """The same requests, each conversation in its order, `at_once` conversations at once, without an environment."""
     gate, recorder = asyncio.Semaphore(at_once), Recorder(engine)
 

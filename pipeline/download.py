@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class Expected:
     sha256: str | None = None
     source: str = ""
     """Where that is known from, as the end of a sentence."""
+    read: Callable[[Path], None] | None = None
+    """Reads a file and raises ValueError where it is not whole; asked where there is no checksum."""
 
     def check(self, file: Path) -> None:
         """Compare a file with what is known of it.
@@ -67,13 +69,24 @@ class Expected:
             WrongBytesError: it differs.
         """
         self.check_size(file.stat().st_size)
-        if self.sha256 is not None and (digest := file_digest(file)) != self.sha256:
-            raise WrongBytesError(f"SHA-256 {digest[:16]}..., not {self.sha256[:16]}...{self.source}")
+        if self.sha256 is not None:
+            if (digest := file_digest(file)) != self.sha256:
+                raise WrongBytesError(f"SHA-256 {digest[:16]}..., not {self.sha256[:16]}...{self.source}")
+        elif self.read is not None:
+            try:
+                self.read(file)
+            except ValueError as error:
+                raise WrongBytesError(str(error)) from None
 
     def check_size(self, size: int | None) -> None:
         """Compare a size in bytes, if there is one to compare, likewise."""
         if self.size is not None and size not in (None, self.size):
             raise WrongBytesError(f"{size} bytes, not {self.size}{self.source}")
+
+    @property
+    def tells_the_end(self) -> bool:
+        """Whether `check` notices that a file was cut."""
+        return self.size is not None or self.sha256 is not None or self.read is not None
 
 
 def download(urls: Sequence[str], target: Path, expected: Expected) -> str:
@@ -214,7 +227,8 @@ def _take(url: str, response: requests.Response, part: _Part) -> None:
     if status in BUSY:
         raise InterruptedTransferError(f"HTTP {status}", _retry_after(response))
     if status == 416 and asked:
-        return _past_the_end(response, part)
+        _past_the_end(response, part)
+        return
     if status != 200 and not (status == 206 and asked):
         raise SourceError(f"HTTP {status}")
     start, total = _extent(response)
@@ -228,7 +242,9 @@ def _take(url: str, response: requests.Response, part: _Part) -> None:
     part.expected.check_size(total)  # now, not after gigabytes
     if status == 200:
         part.begin(url, response)
-    return _append(part, itertools.chain([first], chunks), total)
+    _append(part, itertools.chain([first], chunks), total)
+    if not (part.expected.tells_the_end or _tells_the_end(response)):  # asked for more, the server may tell it
+        raise InterruptedTransferError("does not say where the file ends")
 
 
 def _append(part: _Part, chunks: Iterable[bytes], total: int | None) -> None:
@@ -258,6 +274,13 @@ def _extent(response: requests.Response) -> tuple[int | None, int | None]:
     found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
     start, total = found.groups() if found else (None, None)
     return int(start) if start else None, int(total) if total and total != "*" else None
+
+
+def _tells_the_end(response: requests.Response) -> bool:
+    """Whether a cut would have been noticed: else a closed connection may be the end of the file, or not."""
+    if response.status_code == 206:
+        return _extent(response)[1] is not None
+    return "Content-Length" in response.headers or response.headers.get("Transfer-Encoding") == "chunked"
 
 
 def _validator(response: requests.Response) -> str | None:

@@ -1,13 +1,19 @@
-"""`--dry-run`: what it prints, from configurations alone, and every recipe for a model of the Hub."""
+"""`--dry-run`: what it prints, from configurations alone, of every recipe; and the paper's recipes, cell by cell."""
 
+import operator
 import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
+from envs import alfworld, sciworld, webshop
 from pipeline import arms, dry_run, memory, models, runs, speed
 from pipeline.config import RECIPES, ModelConfig, load
 from pipeline.examples import pair_examples
@@ -19,7 +25,9 @@ from tests.tiny_policy import save_tiny_policy
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "fixtures" / "model_configs"
-OF_THE_HUB = {path.stem: path for path in sorted(RECIPES.glob("*.yaml")) if load(str(path)).model.path}
+ALL = {str(path.relative_to(RECIPES).with_suffix("")): path for path in sorted(RECIPES.rglob("*.yaml"))}
+OF_THE_HUB = {name: path for name, path in ALL.items() if load(name).model.path}
+MADE_NEW = [name for name in ALL if name not in OF_THE_HUB]
 
 
 def local(recipe: str, *overrides: str):
@@ -48,19 +56,94 @@ def test_every_recipe_of_the_hub_says_what_its_dry_run_says(recipe, capsys, tmp_
     lying = used[0] if config.model.lora_rank else used[1]  # LoRA by DDP, all weights by FSDP
     assert f"{float(lying[-2]):.0f} GB" in comment
     assert lying[-1].strip() == "fits"
+    assert float(lying[-2]) < dry_run.USABLE * float(re.search(r"For 8 GPUs of (\d+) GB", comment)[1])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("study/*.yaml")), ids=lambda path: path.stem)
-def test_every_study_can_be_dry_run(path, capsys, tmp_path, monkeypatch):
-    config = load(str(path))
+def test_qlora_on_the_gpus_that_its_recipe_names_replies_to_two_at_a_time():
+    config = local("llama2-7b-qlora")
+    sizes = models.read_sizes(config.model.path, config.model)
+    served = memory.count(memory.build(sizes, ModelConfig()))
+    told = dry_run._serving(config, sizes, served, speed.GPUS["4090"])
+    assert speed.GPUS["4090"].memory == 24e9
+    assert "it does NOT fit" not in told
+    assert told.endswith("2 are played.")
+
+
+@pytest.mark.parametrize("recipe", MADE_NEW)
+def test_every_recipe_of_a_new_model_fits_one_small_gpu(recipe, capsys, tmp_path, monkeypatch):
+    config = load(recipe)
     monkeypatch.chdir(tmp_path)
-    dry_run.main(config)
+    dry_run.main(config, 1, "4090")
     told = capsys.readouterr().out
-    assert f"{len(config.seed)} seed(s), {len(arms.trained(config))} trained" in told
-    assert {row(told, env)[2] for env in config.env.names} == {f"{config.pairs.limit or 400 * 4:,}"}
+    assert "a new model: " in told
+    assert "NOT fit" not in told
+    for env in config.env.names:
+        tasks, pairs, *_, hours = row(told, env)[1:]
+        assert int(pairs.replace(",", "")) > 0
+        assert 0 < int(tasks.replace(",", "")) <= dry_run.EXPECTED[env].tasks[0]
+        assert float(hours) < 1
+    trained, played = len(arms.trained(config)), len(arms.of(config))
+    assert f"{len(config.seed)} seed(s), {trained} trained and {played} evaluated policies" in told
     assert not list(tmp_path.iterdir())
+
+
+PAPER = [
+    # arXiv 2406.14868: batch sizes, warm-up and cosine of SFT, AdamW, one worked example, all weights trained
+    ("sft.batch_size", 64),
+    ("sft.warmup", 0.03),
+    ("sft.schedule", "cosine"),
+    ("train.batch_size", 32),
+    ("env.example", True),
+    ("model.lora_rank", 0),
+    ("model.load_in_4bit", False),
+    ("method", ["dmpo"]),
+    ("pairs.contest", "expert"),
+    ("env.names", ["sciworld", "alfworld", "webshop"]),
+    ("evaluate.splits", ["seen", "unseen"]),
+    ("evaluate.tasks", None),
+    # swt-user/DMPO at 64f4845, where the paper gives a range or nothing
+    ("sft.learning_rate", 2e-5),
+    ("sft.epochs", 3),
+    ("sft.max_steps", None),
+    ("sft.weight_decay", 0),
+    ("train.learning_rate", 1e-6),
+    ("train.beta", 0.1),
+    ("train.gamma", 0.7),
+    ("train.epochs", 3),
+    ("train.max_steps", None),
+    ("train.warmup", 0.1),
+    ("train.schedule", "constant_with_warmup"),
+    ("train.rounds", 1),
+    ("train.nll", 0),
+    ("train.label_smoothing", 0),
+    ("model.max_length", 4096),
+    ("rollout.temperature", 0),
+    ("rollout.samples", 1),
+    ("rollout.tasks", None),
+    # the published data: ETO's experts and lists of tasks, the games and the catalogue that go with them
+    ("experts.source", Path("data/{env}_sft.json")),
+    ("env.sciworld.splits", Path("data/splits/sciworld")),
+    ("env.alfworld.data", "data/alfworld-games-put"),
+    ("env.webshop.data", Path("data/webshop-full")),
+    ("env.webshop.splits", Path("data/splits/webshop")),
+    ("env.webshop.profile", "official"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), PAPER, ids=[key for key, _ in PAPER])
+@pytest.mark.parametrize("recipe", ["llama2-7b", "mistral-7b"])
+def test_the_papers_settings(recipe, key, value):
+    assert operator.attrgetter(key)(load(recipe)) == value
+
+
+def test_the_papers_models_and_most_steps():
+    assert load("llama2-7b").model.path == "meta-llama/Llama-2-7b-chat-hf"
+    assert load("mistral-7b").model.path == "mistralai/Mistral-7B-Instruct-v0.2"
+    assert alfworld.STEP_LIMITS[load("llama2-7b").env.alfworld.profile] == 40
+    assert webshop.STEP_LIMIT == 10
+    tasks = {10: 2, 12: 1, 15: 5, 20: 1, 30: 8, 60: 2, 80: 3, 100: 1, 120: 1}  # how many have that limit
+    assert Counter(sciworld.STEP_LIMITS.values()) == tasks
 
 
 def test_weights_that_lie_on_every_gpu_do_not_fit(capsys, tmp_path, monkeypatch):
@@ -188,6 +271,21 @@ def test_processes_are_those_that_the_launch_command_starts(tmp_path):
     path.write_text("mixed_precision: bf16\n")
     with pytest.raises(ValueError, match=r"eight.yaml, which says no num_processes .*give --gpus"):
         dry_run.launched(f"accelerate launch --config_file {path}")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_the_command_for_two_nodes_is_one_that_the_launcher_takes(node, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    launch = re.search(r' LAUNCH="(accelerate launch .*?)"', (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    launch = launch.replace("\\\n", "") + f" --machine_rank {node}"
+    assert dry_run.launched(launch) == 16
+    command = [*shlex.split(launch)[2:], "-m", "pipeline", "sft", "llama2-7b"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert arguments.use_fsdp
+    told = prepare_multi_gpu_env(arguments)
+    assert told["FSDP_VERSION"] == "2"
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", node)
+    assert (arguments.rdzv_endpoint, arguments.rdzv_conf) == ("NODE1:29500", "timeout=86400")
 
 
 def test_the_script_passes_the_flag_on():

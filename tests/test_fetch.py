@@ -76,7 +76,21 @@ class TestDownload:
         assert waits == []
 
     def test_a_file_whose_length_nobody_says(self, site, waits):
+        url = site.put("/file", BODY, length=False, ranges=False)
+        assert get(url, known())[0] == BODY
+        with pytest.raises(ValueError, match=rf"\({url}: does not say where the file ends, 5 times in a row"):
+            get(url)
+
+    def test_a_length_that_is_said_when_more_is_asked_for(self, site, waits):
         assert get(site.put("/file", BODY, length=False))[0] == BODY
+        assert site.requests == [("/file", None), ("/file", f"bytes={len(BODY)}-")]
+
+    def test_chunks_say_where_the_file_ends(self, site, waits):
+        chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BODY[:1000], BODY[1000:], b""))
+        headers = {"Transfer-Encoding": "chunked"}
+        url = site.put("/file", chunked, length=False, etag=None, headers=headers, cuts=[200_000])
+        assert get(url)[0] == BODY
+        assert site.sent == [200_000, len(chunked)]
 
     def test_what_lies_there_stays_until_the_new_one_is_whole(self, site, waits):
         Path("file.bin").write_bytes(b"old")
@@ -99,6 +113,11 @@ class TestDownload:
         begin(url, BODY[:100_000], site.files["/file"].etag)
         assert get(url)[0] == BODY
         assert [asked for _, asked in site.requests] == ["bytes=100000-", "bytes=150000-"]
+
+    def test_a_first_cut_that_looks_like_an_end(self, site, waits):
+        url = site.put("/file", BODY, length=False, cuts=[50_000])
+        assert get(url)[0] == BODY
+        assert [asked for _, asked in site.requests] == [None, "bytes=50000-"]
 
     def test_more_cuts_than_tries_do_not_matter_while_bytes_come(self, site, waits):
         assert get(site.put("/file", BODY, cuts=[25_000] * (2 * download.TRIES)))[0] == BODY
@@ -321,6 +340,26 @@ class TestTool:
         Path("data/assets.lock.json").unlink()
         assert tool("one") == 0
         assert Path("data/one.bin").read_bytes() == BODY + b"more"
+
+    def test_a_cut_that_looks_like_an_end_is_not_recorded(self, site, monkeypatch):
+        body = json.dumps(["an expert"] * 1000).encode()
+        cut = site.put("/cut", body, length=False, etag=None, cuts=[5000] * 2)
+        manifest(monkeypatch, one=("one.json", [cut], None, None))
+        with pytest.raises(ValueError, match=rf"{cut}: sent the wrong bytes \(no whole JSON: .*char"):
+            tool("one")
+        assert not list(Path("data").glob("*.json*"))
+        manifest(monkeypatch, one=("one.json", [cut, site.put("/whole", body, length=False)], None, None))
+        assert tool("one") == 0
+        assert Path("data/one.json").read_bytes() == body
+        assert json.loads(fetch.LOCK.read_text())["one.json"]["sha256"] == sha(body)
+
+    def test_half_a_file_brought_by_hand_is_not_recorded(self, monkeypatch):
+        manifest(monkeypatch, one=("one.json", ["http://x"], None, None))
+        Path("data").mkdir()
+        Path("data/one.json").write_text('["an expert", "an')
+        with pytest.raises(ValueError, match=r"one.json is not the file that it should be \(no whole JSON: .*delete"):
+            tool("one", "--offline")
+        assert not fetch.LOCK.exists()
 
     def test_a_published_checksum_holds_from_the_first_time(self, site, monkeypatch):
         manifest(monkeypatch, one=("one.bin", [site.put("/one", BODY[::-1])], BODY, None))
