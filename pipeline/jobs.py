@@ -309,6 +309,7 @@ async def _play_job(
             "half_written_lines_dropped": dropped,
             "already_played": len(have),
             "seconds": round(time.monotonic() - began, 2),
+            "seconds_are_of": f"the last process, which played {len(episodes)} of {len(trajectories)} episodes",
         }
     )
 
@@ -414,12 +415,20 @@ def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) 
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Counts and times of some episodes, for a manifest."""
+    """Counts and times of some episodes, for a manifest.
+
+    `env_seconds`, `engine_seconds` and `queue_seconds` add up what episodes that were played at once waited for, in
+    every process that had a part in them; `prefix_cache_hit_rate` is there where an engine played.
+    """
+    prompt_tokens, cached_tokens = (
+        sum(getattr(one, name) for one in trajectories) for name in ("prompt_tokens", "cached_tokens")
+    )
+    times = ("env_seconds", "engine_seconds", "queue_seconds")
     return {
         "episodes": len(trajectories),
         "statuses": dict(Counter(trajectory.status.value for trajectory in trajectories)),
         "turns": sum(len(trajectory.turns) for trajectory in trajectories),
         "tokens": sum(len(turn.token_ids) for trajectory in trajectories for turn in trajectory.turns),
-        "env_seconds": round(sum(trajectory.env_seconds for trajectory in trajectories), 2),
-        "engine_seconds": round(sum(trajectory.engine_seconds for trajectory in trajectories), 2),
+        **{name: round(sum(getattr(one, name) for one in trajectories), 2) for name in times},
+        **({"prefix_cache_hit_rate": round(cached_tokens / prompt_tokens, 4)} if prompt_tokens else {}),
     }

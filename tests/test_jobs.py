@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from envs.pool import EnvPool
 from pipeline import arms, rollout
 from pipeline.config import Config
-from pipeline.jobs import Job, check_disjoint, chosen_tasks, spread
+from pipeline.jobs import Job, check_disjoint, chosen_tasks, spread, summary
 from pipeline.records import write_jsonl
 from tests.test_records import trajectory
 from tests.toy_env import Settings, ToyEnv
@@ -40,6 +40,16 @@ def test_splits_that_share_a_task_are_refused():
     check_disjoint({"train": ["a:0"], "seen": ["a:1"], "unseen": ["b:0"]})
     with pytest.raises(ValueError, match="a:0 is in both train and seen"):
         check_disjoint({"train": ["a:0"], "seen": ["a:0"], "unseen": []})
+
+
+def test_a_manifest_says_where_the_time_went_and_what_was_cached():
+    times = {"env_seconds": 0.5, "engine_seconds": 2.0, "queue_seconds": 0.25}
+    played = trajectory(**times, prompt_tokens=300, cached_tokens=240)
+    broken = trajectory(env_seconds=1.0, prompt_tokens=100)
+    found = summary([played, broken])
+    assert {name: found[name] for name in times} == {"env_seconds": 1.5, "engine_seconds": 2.0, "queue_seconds": 0.25}
+    assert found["prefix_cache_hit_rate"] == 0.6
+    assert "prefix_cache_hit_rate" not in summary([trajectory(**times)])
 
 
 @pytest.mark.parametrize(
