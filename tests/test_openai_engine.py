@@ -36,6 +36,20 @@ def _quick(monkeypatch):
     monkeypatch.setattr(openai_engine, "PATIENCE", 20.0)
 
 
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that requests were put off; nobody sleeps them."""
+    asked, sleep = [], asyncio.sleep
+
+    async def skip(seconds):
+        if seconds >= 1:
+            asked.append(seconds)
+        await sleep(seconds if seconds < 1 else 0)
+
+    monkeypatch.setattr(asyncio, "sleep", skip)
+    return asked
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # or the system drops some of the connections that come at once
@@ -287,7 +301,35 @@ class TestWithFakes:
             fakes[0].held.set()
             assert await playing == sums(1)
 
-    async def test_a_request_that_no_server_can_answer_fails_alone(self, policy, fakes):
+    @pytest.mark.parametrize(
+        ("headers", "expected"),
+        [
+            ({}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "0"}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "7"}, [7, 7, 7, 8, 16, 32, 60]),
+            ({"Retry-After": "3600"}, [60] * 7),
+        ],
+    )
+    @pytest.mark.parametrize("status", [429, 503])
+    async def test_a_busy_server_is_given_time_and_no_more_than_a_minute(
+        self, policy, fakes, pauses, status, headers, expected
+    ):
+        fakes[0].faults = [(status, headers)] * (openai_engine.TRIES - 1)
+        with engine_on(policy, fakes[0].url) as engine:
+            assert (await engine.generate([1], GREEDY)).token_ids == [1, END]
+        assert pauses == expected
+        assert fakes[0].loads == 1
+
+    async def test_nothing_is_put_off_while_another_server_is_there(self, policy, fakes, pauses):
+        for fake in fakes:
+            fake.faults = [(429, {"Retry-After": "30"})]
+        with engine_on(policy, *(fake.url for fake in fakes)) as engine:
+            assert (await engine.generate([1], GREEDY)).token_ids == [1, END]
+        assert [len(fake.asked) for fake in fakes] in ([1, 2], [2, 1])
+        assert pauses == [30]
+
+    async def test_a_request_that_no_server_can_answer_fails_alone(self, policy, fakes, pauses):
         fakes[0].faults = [(500, {})] * openai_engine.TRIES
         with engine_on(policy, fakes[0].url) as engine:
             with pytest.raises(RuntimeError, match=rf"failed {openai_engine.TRIES} times, at last so: .*HTTP 500"):

@@ -4,8 +4,8 @@
 
 - An episode stays with one server, which has its past cached; which one, its name decides (rendezvous hashing): with a
   server that goes, only its own episodes go over to others.
-- A request that a server does not answer is asked of another one. Sampling has the request's own seed: who answers
-  makes no difference beyond the last bits of the arithmetic.
+- A request that a server does not answer is asked of another one, and put off longer each time once all have failed
+  it. Sampling has the request's own seed: who answers makes no difference beyond the last bits of the arithmetic.
 - A policy is put into every server by vLLM's `reload_weights`, from a folder that the servers see under the same path,
   and named as the weights' version. Each server is asked for that version every two seconds, and after each reply
   before the reply counts. One that was started anew does not have it, and gets the policy again; one that has somebody
@@ -41,6 +41,8 @@ PATIENCE = 900.0
 """Most seconds that a request waits for any server to be there."""
 TRIES = 8
 """How often a request may fail before it is the request's own fault."""
+LONGEST_PAUSE = 60.0
+"""Most seconds that a request is put off, whatever a server asks for."""
 NEW = "default"
 """The version of a server's weights that nobody has named (vllm/v1/engine/core.py)."""
 
@@ -228,7 +230,9 @@ class OpenAiEngine:
                         raise RuntimeError(
                             f"A request failed {TRIES} times, at last so: {server.url}: {error}."
                         ) from None
-                    await asyncio.sleep(error.wait or 0)
+                    there = [one for one in self._servers if one.is_up]
+                    if there and all(one in failed for one in there):
+                        await asyncio.sleep(pause(len(failed), error.wait))
         finally:
             self._under_way -= 1
 
@@ -423,6 +427,11 @@ class _Server:
         if answer.status_code >= 400:
             raise ValueError(f"{self.url}{place}: HTTP {answer.status_code}: {answer.text[:300]}")
         return answer.json() if answer.content else None
+
+
+def pause(failures: int, asked: float | None) -> float:
+    """Seconds to put a request off that failed so often: 1, 2, 4, ..., longer where a server asks for it, bounded."""
+    return min(max(2.0 ** (failures - 1), asked or 0.0), LONGEST_PAUSE)
 
 
 def _loading(version: str) -> str:
