@@ -228,7 +228,8 @@ async def _play_jobs(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a killed run may take a moment to notice that it is alone
     async with open_pool(config, env) as pool:
         with _engine(jobs[0]) as engine:
-            return [await _play_job(job, pool, env, _players(job, engine)) for job in jobs]
+            dtype = {"engine_dtype": engine.dtype} if engine else {}
+            return [await _play_job(job, pool, env, _players(job, engine)) | dtype for job in jobs]
 
 
 @contextlib.contextmanager
@@ -302,25 +303,12 @@ async def _play_job(
             f"first so: {trajectories[0].note} Mend that, delete {path}, and run the same command again."
         )
     write_jsonl(path, trajectories)
-    return (
-        summary(trajectories)
-        | _precision(job)
-        | {
-            "half_written_lines_dropped": dropped,
-            "already_played": len(have),
-            "seconds": round(time.monotonic() - began, 2),
-            "seconds_are_of": f"the last process, which played {len(episodes)} of {len(trajectories)} episodes",
-        }
-    )
-
-
-def _precision(job: Job) -> dict[str, str]:
-    """What `engine.dtype` came to on this machine; servers do not say."""
-    if job.checkpoint is None or job.config.engine.name == "openai":
-        return {}
-    from pipeline.precision import resolve
-
-    return {"engine_dtype": resolve(job.config.engine.dtype)}
+    return summary(trajectories) | {
+        "half_written_lines_dropped": dropped,
+        "already_played": len(have),
+        "seconds": round(time.monotonic() - began, 2),
+        "seconds_are_of": f"the last process, which played {len(episodes)} of {len(trajectories)} episodes",
+    }
 
 
 def _prefixes(job: Job, tasks: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:

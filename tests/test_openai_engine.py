@@ -61,7 +61,7 @@ class Fake:
     def __init__(self, port=0, max_model_len=2048):
         self.max_model_len, self.version, self.weights = max_model_len, NEW, ""
         self.asked, self.faults, self.connections, self.loads = [], [], [], 0
-        self.layers, self.empties, self.sees = 2, True, True
+        self.layers, self.empties, self.sees, self.dtype = 2, True, True, "float32"
         self.server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.held = threading.Event()
@@ -92,6 +92,9 @@ class Fake:
                 found = {
                     "/weight_info": {"weight_version": fake.version},
                     "/v1/models": {"data": [{"id": "m", "max_model_len": fake.max_model_len}]},
+                    "/server_info?config_format=json": {
+                        "vllm_config": {"model_config": {"dtype": f"torch.{fake.dtype}"}}
+                    },
                 }
                 self.answer(200, found[self.path])
 
@@ -154,8 +157,8 @@ def fakes():
 
 
 @contextlib.contextmanager
-def engine_on(policy, *urls):
-    settings = EngineSettings(name="openai", servers=list(urls))
+def engine_on(policy, *urls, dtype="auto"):
+    settings = EngineSettings(name="openai", servers=list(urls), dtype=dtype)
     with contextlib.closing(load_engine(settings, policy, 2048, [END])) as engine:
         yield engine
 
@@ -366,6 +369,49 @@ class TestWithFakes:
             pass
         with pytest.raises(ValueError, match=r"engine.servers has no effect with engine.name=vllm"):
             EngineSettings(servers=["http://a"])
+
+    @pytest.mark.parametrize(
+        ("served", "wanted"),
+        [
+            (("float32", "float32"), "auto"),
+            (("bfloat16", "bfloat16"), "auto"),
+            (("bfloat16", "bfloat16"), "bfloat16"),
+            (("float16", "float16"), "float16"),
+        ],
+    )
+    def test_the_engine_knows_what_its_servers_compute_in(self, policy, fakes, served, wanted):
+        for fake, dtype in zip(fakes, served, strict=True):
+            fake.dtype = dtype
+        with engine_on(policy, *(fake.url for fake in fakes), dtype=wanted) as engine:
+            assert engine.dtype == served[0]
+
+    @pytest.mark.parametrize(
+        ("served", "wanted", "message"),
+        [
+            (("bfloat16", "float32"), "auto", r"computes in (bf|f)loat\d\d, and in .*; start it with --dtype"),
+            (
+                ("float16", "float16"),
+                "auto",
+                r"float16, which vLLM makes of float32 .* engine.dtype=float16",
+            ),
+            (("bfloat16", "float32"), "bfloat16", r"computes in float32, and in bfloat16 .*; start it with --dtype bf"),
+            (("float16", "float16"), "bfloat16", r"computes in float16, and in bfloat16 .*; start it with --dtype bf"),
+        ],
+    )
+    def test_servers_of_another_precision_are_refused(self, policy, fakes, served, wanted, message):
+        for fake, dtype in zip(fakes, served, strict=True):
+            fake.dtype = dtype
+        urls = [fake.url for fake in fakes]
+        with pytest.raises(ValueError, match=message), engine_on(policy, *urls, dtype=wanted):
+            pass
+
+    async def test_a_server_that_comes_back_in_another_precision_ends_the_run(self, policy, fakes):
+        with engine_on(policy, fakes[0].url) as engine:
+            fakes[0].dtype, fakes[0].version = "bfloat16", NEW
+            with pytest.raises(RuntimeError, match="computes in bfloat16, and in float32 the servers before it"):
+                for _ in range(200):
+                    await engine.generate([1], GREEDY)
+                    await asyncio.sleep(0.02)
 
     async def test_cancelling_takes_a_request_off_and_closing_leaves_the_server(self, policy, fakes):
         fakes[0].held.clear()

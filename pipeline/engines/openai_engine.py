@@ -75,7 +75,7 @@ class OpenAiEngine:
         path: checkpoint folder, seen by the servers under the same path.
         max_length: most tokens of a prompt and its completion together.
         end_token_ids: ids that end a completion.
-        settings: `servers`.
+        settings: `servers`, and the `dtype` that they have to have.
 
     Raises:
         ValueError: no server is named or reachable, or one is not as it has to be.
@@ -84,7 +84,9 @@ class OpenAiEngine:
     def __init__(
         self, path: Path, *, max_length: int, end_token_ids: Sequence[int], settings: EngineSettings | None = None
     ) -> None:
+        settings = settings or EngineSettings(name="openai")
         self.max_length = max_length
+        self.dtype: str = "" if settings.dtype == "auto" else settings.dtype
         self._path, self._ends, self._vocabulary = path, list(end_token_ids), int(read_sizes(path)["vocab_size"])
         self._version, self._under_way, self._error = "", 0, ""
         # The engine's own loop: its callers come and go with theirs, and `load` blocks.
@@ -96,7 +98,7 @@ class OpenAiEngine:
         limits = httpx.Limits(keepalive_expiry=2)
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
         self._changed = asyncio.Event()
-        self._servers = [_Server(url.rstrip("/"), self._client) for url in (settings or EngineSettings()).servers]
+        self._servers = [_Server(url.rstrip("/"), self._client) for url in settings.servers]
         self._monitors: list[asyncio.Task[None]] = []
         try:
             self._call(self._start())
@@ -163,7 +165,26 @@ class OpenAiEngine:
 
     async def _bring_up(self, server: "_Server") -> None:
         await server.load(self._path, self._version, self.max_length)
+        self._check_dtype(server)
         self._changed.set()
+
+    def _check_dtype(self, server: "_Server") -> None:
+        """Hold all servers to one precision: `engine.dtype`, or that of the first.
+
+        Raises:
+            ValueError: this one computes in another.
+        """
+        if not self.dtype and server.dtype == "float16":
+            raise ValueError(
+                f"{server.url} computes in float16, which vLLM makes of float32 checkpoints unasked; start it with "
+                "--dtype bfloat16 or float32, or say engine.dtype=float16."
+            )
+        self.dtype = self.dtype or server.dtype
+        if server.dtype != self.dtype:
+            raise ValueError(
+                f"{server.url} computes in {server.dtype}, and in {self.dtype} the servers before it, or what "
+                f"engine.dtype says; start it with --dtype {self.dtype}."
+            )
 
     async def _look_at(self, server: "_Server") -> None:
         """Bring up a server that is well and has the policy, and give the policy to one that was started anew.
@@ -288,6 +309,8 @@ class _Server:
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url
+        self.dtype = ""
+        """Precision that it computes in."""
         self._client = client
         self._model = ""
         self._lost = asyncio.Event()
@@ -332,6 +355,8 @@ class _Server:
                 f"with --max-model-len {max_length}."
             )
         self._model = model["id"]
+        config = (await self._ask("GET", "/server_info?config_format=json", timeout=SILENCE))["vllm_config"]
+        self.dtype = config["model_config"]["dtype"].removeprefix("torch.")
         await self._ask("POST", "/update_weight_version", {"new_version": _loading(version)})
         try:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
