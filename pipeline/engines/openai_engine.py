@@ -355,7 +355,7 @@ class _Server:
                 f"with --max-model-len {max_length}."
             )
         self._model = model["id"]
-        config = (await self._ask("GET", "/server_info?config_format=json", timeout=SILENCE))["vllm_config"]
+        config = (await self._ask("GET", "/server_info?config_format=json"))["vllm_config"]
         self.dtype = config["model_config"]["dtype"].removeprefix("torch.")
         await self._ask("POST", "/update_weight_version", {"new_version": _loading(version)})
         try:
