@@ -62,6 +62,13 @@ class Fake:
         self.max_model_len, self.version, self.weights = max_model_len, NEW, ""
         self.asked, self.faults, self.connections, self.loads = [], [], [], 0
         self.layers, self.empties, self.sees, self.dtype = 2, True, True, "float32"
+        self.parallel = {
+            "data_parallel_size": 1,
+            "data_parallel_size_local": 1,
+            "data_parallel_external_lb": False,
+            "data_parallel_hybrid_lb": False,
+        }
+        self.ranks = []  # those asked for, each with the prompt
         self.server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.held = threading.Event()
@@ -93,7 +100,10 @@ class Fake:
                     "/weight_info": {"weight_version": fake.version},
                     "/v1/models": {"data": [{"id": "m", "max_model_len": fake.max_model_len}]},
                     "/server_info?config_format=json": {
-                        "vllm_config": {"model_config": {"dtype": f"torch.{fake.dtype}"}}
+                        "vllm_config": {
+                            "model_config": {"dtype": f"torch.{fake.dtype}"},
+                            "parallel_config": fake.parallel,
+                        }
                     },
                 }
                 self.answer(200, found[self.path])
@@ -123,6 +133,7 @@ class Fake:
 
             def complete(self, body):
                 fake.asked.append(body["prompt"])
+                fake.ranks.append((self.headers.get("X-data-parallel-rank"), body["prompt"]))
                 fault = fake.faults.pop(0) if fake.faults else None
                 if fault == "drop":
                     self.connection.shutdown(socket.SHUT_RDWR)
@@ -182,6 +193,28 @@ class TestWithFakes:
         assert first
         assert second
         assert not first & second
+
+    @pytest.mark.parametrize(
+        ("parallel", "ranks"),
+        [
+            ({"data_parallel_size": 4, "data_parallel_size_local": 4}, 4),
+            ({"data_parallel_size": 4, "data_parallel_size_local": 2}, 4),
+            ({"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}, 2),
+        ],
+    )
+    async def test_an_episode_stays_with_one_rank_of_its_server(self, policy, fakes, parallel, ranks):
+        fakes[0].parallel |= parallel
+        with engine_on(policy, fakes[0].url) as engine:
+            await play(engine, 40, turns=3)
+        of_episode = [{rank for rank, prompt in fakes[0].ranks if prompt[0] == number} for number in range(40)]
+        assert all(len(one) == 1 for one in of_episode)
+        assert set.union(*of_episode) == {str(rank) for rank in range(ranks)}
+
+    async def test_a_server_with_one_rank_is_asked_for_none(self, policy, fakes):
+        fakes[0].parallel |= {"data_parallel_size": 4, "data_parallel_external_lb": True}
+        with engine_on(policy, *(fake.url for fake in fakes)) as engine:
+            await play(engine, 10)
+        assert {rank for fake in fakes for rank, _ in fake.ranks} == {None}
 
     async def test_the_reply_is_passed_on(self, policy, fakes):
         with engine_on(policy, fakes[0].url) as engine:

@@ -3,7 +3,8 @@
     VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --generation-config vllm --enable-prompt-tokens-details ...
 
 - An episode stays with one server, which has its past cached; which one, its name decides (rendezvous hashing): with a
-  server that goes, only its own episodes go over to others.
+  server that goes, only its own episodes go over to others. In a server with `--data-parallel-size` it stays with one
+  rank, for each rank has a cache of its own, and left to itself vLLM takes the one that is least busy.
 - A request that a server does not answer is asked of another one, and put off longer each time once all have failed
   it. Sampling has the request's own seed: who answers makes no difference beyond the last bits of the arithmetic.
 - A policy is put into every server by vLLM's `reload_weights`, from a folder that the servers see under the same path,
@@ -43,6 +44,8 @@ TRIES = 8
 """How often a request may fail before it is the request's own fault."""
 LONGEST_PAUSE = 60.0
 """Most seconds that a request is put off, whatever a server asks for."""
+RANK = "X-data-parallel-rank"
+"""The header that names the rank a request is for (vllm/entrypoints/generate/base/serving.py)."""
 NEW = "default"
 """The version of a server's weights that nobody has named (vllm/v1/engine/core.py)."""
 
@@ -244,7 +247,7 @@ class OpenAiEngine:
             while True:
                 server = await self._server_of(episode or str(prompt_ids), failed)
                 try:
-                    return await self._ask(server, prompt_ids, sampling)
+                    return await self._ask(server, prompt_ids, sampling, episode)
                 except LostError as error:
                     failed.append(server)
                     if len(failed) == TRIES:
@@ -257,7 +260,7 @@ class OpenAiEngine:
         finally:
             self._under_way -= 1
 
-    async def _ask(self, server: "_Server", prompt_ids: list[int], sampling: Sampling) -> Completion:
+    async def _ask(self, server: "_Server", prompt_ids: list[int], sampling: Sampling, episode: str) -> Completion:
         """A completion that is proven to be the policy's: the server had its version before, and has it after.
 
         Raises:
@@ -266,7 +269,7 @@ class OpenAiEngine:
         """
         try:
             try:
-                completion = await server.complete(prompt_ids, sampling, self.max_length, self._ends)
+                completion = await server.complete(prompt_ids, sampling, self.max_length, self._ends, episode)
                 await server.expect(self._version)
                 return completion
             except LostError as error:
@@ -312,7 +315,7 @@ class _Server:
         self.dtype = ""
         """Precision that it computes in."""
         self._client = client
-        self._model = ""
+        self._model, self._ranks = "", 1
         self._lost = asyncio.Event()
         self._lost.set()
 
@@ -357,6 +360,7 @@ class _Server:
         self._model = model["id"]
         config = (await self._ask("GET", "/server_info?config_format=json"))["vllm_config"]
         self.dtype = config["model_config"]["dtype"].removeprefix("torch.")
+        self._ranks = _ranks(config["parallel_config"])
         await self._ask("POST", "/update_weight_version", {"new_version": _loading(version)})
         try:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
@@ -389,8 +393,10 @@ class _Server:
                 "the same shape."
             )
 
-    async def complete(self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int]) -> Completion:
-        """One completion; given up when the server goes down."""
+    async def complete(
+        self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int], episode: str
+    ) -> Completion:
+        """One completion, by the episode's rank where the server has several; given up when the server goes down."""
         body = {
             "model": self._model,
             "prompt": prompt_ids,
@@ -408,7 +414,10 @@ class _Server:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        answer = await self._unless_lost(self._ask("POST", "/v1/completions", body))
+        headers = {}
+        if episode and self._ranks > 1:
+            headers[RANK] = str(int.from_bytes(hashlib.sha256(episode.encode()).digest()) % self._ranks)
+        answer = await self._unless_lost(self._ask("POST", "/v1/completions", body, headers=headers))
         (choice,) = answer["choices"]
         details = answer["usage"].get("prompt_tokens_details") or {}
         return Completion(
@@ -429,7 +438,14 @@ class _Server:
             asked.cancel()
             lost.cancel()
 
-    async def _ask(self, method: str, place: str, body: Any = None, timeout: float | None = None) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        place: str,
+        body: Any = None,
+        timeout: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Any:
         """One call.
 
         Raises:
@@ -438,7 +454,7 @@ class _Server:
         """
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._client.request(method, self.url + place, json=body)
+                answer = await self._client.request(method, self.url + place, json=body, headers=headers)
         except (httpx.TransportError, TimeoutError) as error:
             raise LostError(f"{type(error).__name__} {error}".strip()) from None
         if answer.status_code in (429, 503) and answer.headers.get("Retry-After", "").isdigit():
@@ -457,6 +473,12 @@ class _Server:
 def pause(failures: int, asked: float | None) -> float:
     """Seconds to put a request off that failed so often: 1, 2, 4, ..., longer where a server asks for it, bounded."""
     return min(max(2.0 ** (failures - 1), asked or 0.0), LONGEST_PAUSE)
+
+
+def _ranks(config: dict[str, Any]) -> int:
+    """How many data-parallel ranks a server can be asked for by number (vllm/v1/engine/input_processor.py)."""
+    here_alone = config["data_parallel_external_lb"] or config["data_parallel_hybrid_lb"]
+    return int(config["data_parallel_size_local" if here_alone else "data_parallel_size"])
 
 
 def _loading(version: str) -> str:
