@@ -126,6 +126,7 @@ class EnvPool:
             EnvironmentFailure: no environment could be made, or the pool is closed.
             ValueError: the environment refused its settings, or misses something on this machine.
         """
+        asked = time.perf_counter()
         async with self._alone if alone else self._free:
             if self._closed:
                 raise EnvironmentFailure("The pool is closed.")
@@ -133,7 +134,7 @@ class EnvPool:
             slot = worker.free.pop()
             try:
                 await worker.call(slot, "open", (), STARTUP_SECONDS)
-                yield Session(worker, slot, self._timeout)
+                yield Session(worker, slot, self._timeout, time.perf_counter() - asked)
             finally:
                 worker.free.append(slot)
                 if alone:
@@ -165,10 +166,12 @@ class Session:
     the `OSError`s of the machine (a full disk), which no other session would fare better with.
     """
 
-    def __init__(self, worker: "_Worker", slot: int, timeout: float) -> None:
+    def __init__(self, worker: "_Worker", slot: int, timeout: float, waited: float) -> None:
         self._worker, self._slot, self._timeout = worker, slot, timeout
         self.seconds = 0.0
         """Time spent inside the environment, in this session."""
+        self.waited = waited
+        """Seconds until there was this session, its environment open, and those before its worker's turns since."""
 
     async def reset(self, task: str, *, seed: int | None = None) -> tuple[str, Info]:
         """`TextEnv.reset` of a task's content id."""
@@ -182,8 +185,9 @@ class Session:
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Any method of the environment."""
-        answer, seconds = await self._worker.call(self._slot, "call", (method, args, kwargs), self._timeout)
+        answer, seconds, waited = await self._worker.call(self._slot, "call", (method, args, kwargs), self._timeout)
         self.seconds += seconds
+        self.waited += waited
         return answer
 
 
@@ -242,8 +246,8 @@ class _Worker:
         """A fresh worker in place of this one. Sessions that still hold this one's slots learn of its failure."""
         return _Worker(self._make_link, self._slots)
 
-    async def call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float]:
-        """Ask and wait for the answer; returns it and the seconds it took inside the environment.
+    async def call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float, float]:
+        """Ask and wait for the answer; returns it, the seconds it took inside the environment, and those before.
 
         A caller that is cancelled leaves, but the answer it asked for is still awaited, so that the next caller gets
         its own.
@@ -252,8 +256,10 @@ class _Worker:
         asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # heard, even if nobody waits
         return await asyncio.shield(asking)
 
-    async def _call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float]:
+    async def _call(self, slot: int, verb: str, args: tuple[Any, ...], timeout: float) -> tuple[Any, float, float]:
+        asked = time.perf_counter()
         async with self._turn:
+            waited = time.perf_counter() - asked
             if self.failure:
                 raise type(self.failure)(*self.failure.args)
             try:
@@ -271,7 +277,7 @@ class _Worker:
                 raise self.failure
         if answer.error:
             raise answer.error
-        return answer.value, answer.seconds
+        return answer.value, answer.seconds, waited
 
     async def close(self) -> None:
         """End the worker; who still asks it learns that the pool is closed."""

@@ -1,8 +1,8 @@
 """What is to be played by whom, and the process that plays it.
 
 A `Job` is all episodes of one policy on one split; its folder is a stage of its own, with a manifest. One engine
-process plays all jobs whose policies have one shape, one policy after the other: a job ends before the next policy is
-loaded into the engine, and plays as in an engine of its own (tests/test_engines.py).
+process plays all jobs whose policies have one shape, one environment after the other and one policy after the other: a
+job ends before the next policy is loaded into the engine, and plays as in an engine of its own (tests/test_engines.py).
 """
 
 import asyncio
@@ -182,26 +182,25 @@ def run(jobs: Sequence[Job]) -> None:
                 inputs["experts"] = job.only.parent
             work = stack.enter_context(runs.stage(job.folder, settings=settings(job), inputs=inputs))
             if not work.done:
-                waiting[_sharing(job)].append((job, work))
+                waiting[_engine_key(job)].append((job, work))
         for together in waiting.values():
             facts = _in_own_process(_play, [job for job, _ in together])
-            for (_, work), fact in zip(together, facts, strict=True):
-                work.facts.update(fact)
+            for job, work in together:
+                work.facts.update(facts[job.folder])
 
 
-def _sharing(job: Job) -> str:
-    """The same for jobs that can share an engine and an environment's workers."""
-    config, served = job.config, job.checkpoint is not None
-    return runs.digest(
-        [
-            job.env,
-            section(config, envs.load(job.env)).model_dump(mode="json"),
-            config.workers.model_dump(),
-            config.engine.model_dump() if served else None,
-            config.model.max_length if served else None,
-            (job.checkpoint / "policy" / "config.json").read_text("utf-8") if job.checkpoint else None,
-        ]
-    )
+def _engine_key(job: Job) -> str:
+    """The same for jobs that one engine can play, and for all that need none."""
+    if job.checkpoint is None:
+        return ""
+    shape = (job.checkpoint / "policy" / "config.json").read_text("utf-8")
+    return runs.digest([job.config.engine.model_dump(), job.config.model.max_length, shape])
+
+
+def _pool_key(job: Job) -> str:
+    """The same for jobs that can share an environment's workers."""
+    settings = section(job.config, envs.load(job.env)).model_dump(mode="json")
+    return runs.digest([job.env, settings, job.config.workers.model_dump()])
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -217,18 +216,27 @@ def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
             ) from None
 
 
-def _play(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """Play jobs that can share an engine, in this process; returns what each manifest is to say."""
+def _play(jobs: Sequence[Job]) -> dict[Path, dict[str, Any]]:
+    """Play jobs that can share an engine, in this process; returns what the manifest of each folder is to say."""
     return asyncio.run(_play_jobs(jobs))
 
 
-async def _play_jobs(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    config, env = jobs[0].config, envs.load(jobs[0].env)
-    lock = (config.folder / ".playing").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a killed run may take a moment to notice that it is alone
-    async with open_pool(config, env) as pool:
+async def _play_jobs(jobs: Sequence[Job]) -> dict[Path, dict[str, Any]]:
+    by_pool: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_pool[_pool_key(job)].append(job)
+    facts = {}
+    with (jobs[0].config.folder / ".playing").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a killed run may take a moment to notice that it is alone
+        # What an environment misses is said before the engine starts; workers start when they are first asked.
+        pools = [(open_pool(group[0].config, envs.load(group[0].env)), group) for group in by_pool.values()]
         with _engine(jobs[0]) as engine:
-            return [await _play_job(job, pool, env, _players(job, engine)) for job in jobs]
+            dtype = {"engine_dtype": engine.dtype} if engine else {}
+            for pool, group in pools:
+                async with pool:
+                    for job in group:
+                        facts[job.folder] = await _play_job(job, pool, _players(job, engine)) | dtype
+    return facts
 
 
 @contextlib.contextmanager
@@ -261,15 +269,13 @@ def _renderer(checkpoint: Path) -> "Renderer":
     return Renderer(AutoTokenizer.from_pretrained(checkpoint))
 
 
-async def _play_job(
-    job: Job, pool: EnvPool, env: type[envs.TextEnv], make_player: Callable[[], Player]
-) -> dict[str, Any]:
+async def _play_job(job: Job, pool: EnvPool, make_player: Callable[[], Player]) -> dict[str, Any]:
     """Play the episodes of one job that its file does not hold yet."""
     began, config = time.monotonic(), job.config
     path = job.folder / EPISODES
     done, dropped = recover_jsonl(path, Trajectory) if path.is_file() else ([], 0)
     have = {(trajectory.id, trajectory.sample) for trajectory in done}
-    tasks = await chosen_tasks(job, pool, env, config.env.dev_tasks)
+    tasks = await chosen_tasks(job, pool, pool.env, config.env.dev_tasks)
     episodes = [
         Episode(
             task=task,
@@ -302,24 +308,12 @@ async def _play_job(
             f"first so: {trajectories[0].note} Mend that, delete {path}, and run the same command again."
         )
     write_jsonl(path, trajectories)
-    return (
-        summary(trajectories)
-        | _precision(job)
-        | {
-            "half_written_lines_dropped": dropped,
-            "already_played": len(have),
-            "seconds": round(time.monotonic() - began, 2),
-        }
-    )
-
-
-def _precision(job: Job) -> dict[str, str]:
-    """What `engine.dtype` came to on this machine; servers do not say."""
-    if job.checkpoint is None or job.config.engine.name == "openai":
-        return {}
-    from pipeline.precision import resolve
-
-    return {"engine_dtype": resolve(job.config.engine.dtype)}
+    return summary(trajectories) | {
+        "half_written_lines_dropped": dropped,
+        "already_played": len(have),
+        "seconds": round(time.monotonic() - began, 2),
+        "seconds_are_of": f"the last process, which played {len(episodes)} of {len(trajectories)} episodes",
+    }
 
 
 def _prefixes(job: Job, tasks: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
@@ -414,12 +408,20 @@ def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) 
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Counts and times of some episodes, for a manifest."""
+    """Counts and times of some episodes, for a manifest.
+
+    `env_seconds`, `engine_seconds` and `queue_seconds` add up what episodes that were played at once waited for, in
+    every process that had a part in them; `prefix_cache_hit_rate` is there where an engine played.
+    """
+    prompt_tokens, cached_tokens = (
+        sum(getattr(one, name) for one in trajectories) for name in ("prompt_tokens", "cached_tokens")
+    )
+    times = ("env_seconds", "engine_seconds", "queue_seconds")
     return {
         "episodes": len(trajectories),
         "statuses": dict(Counter(trajectory.status.value for trajectory in trajectories)),
         "turns": sum(len(trajectory.turns) for trajectory in trajectories),
         "tokens": sum(len(turn.token_ids) for trajectory in trajectories for turn in trajectory.turns),
-        "env_seconds": round(sum(trajectory.env_seconds for trajectory in trajectories), 2),
-        "engine_seconds": round(sum(trajectory.engine_seconds for trajectory in trajectories), 2),
+        **{name: round(sum(getattr(one, name) for one in trajectories), 2) for name in times},
+        **({"prefix_cache_hit_rate": round(cached_tokens / prompt_tokens, 4)} if prompt_tokens else {}),
     }

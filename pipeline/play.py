@@ -55,6 +55,12 @@ class Reply:
 
     text: str
     token_ids: list[int] = field(default_factory=list)
+    engine_seconds: float = 0.0
+    """How long the engine took for it, if one was asked."""
+    prompt_tokens: int = 0
+    """How many tokens the engine was given."""
+    cached_tokens: int = 0
+    """How many of them it took from its prefix cache."""
 
 
 class Player(Protocol):
@@ -117,12 +123,20 @@ class PolicyPlayer:
             top_p=self._top_p,
             seed=self._episode.draw("reply", self._turn),
         )
+        asked = time.perf_counter()
         completion = await self._engine.generate(self._ids, sampling, self._name)
+        seconds, prompt_tokens = time.perf_counter() - asked, len(self._ids)
         text = self._renderer.reply_text(completion.token_ids)
         self._turn += 1
         self._ids = [*self._ids, *completion.token_ids]
         self._messages.append(react.assistant(text))
-        return Reply(text=text, token_ids=completion.token_ids)
+        return Reply(
+            text=text,
+            token_ids=completion.token_ids,
+            engine_seconds=seconds,
+            prompt_tokens=prompt_tokens,
+            cached_tokens=completion.cached_tokens,
+        )
 
     def observe(self, message: Message) -> None:
         """See `Player`."""
@@ -200,15 +214,15 @@ async def play_episode(
     prompt_length = len(messages)
     player.begin(messages)
     turns: list[Turn] = []
+    replies: list[Reply] = []
     status = None
-    engine_seconds, malformed, invalid = 0.0, 0, 0
+    malformed = invalid = 0
     while status is None:
-        asked = time.perf_counter()
         reply = await player.reply()
-        engine_seconds += time.perf_counter() - asked
         if isinstance(reply, EpisodeStatus):
             status = reply
             continue
+        replies.append(reply)
         action = react.action_of(reply.text)
         malformed = malformed + 1 if action == envs.MALFORMED else 0
         answer, _, terminated, truncated, info = await env.step(action)
@@ -251,7 +265,10 @@ async def play_episode(
         success=info["success"],
         status=status,
         env_seconds=round(env.seconds, 6),
-        engine_seconds=round(engine_seconds, 6),
+        engine_seconds=round(sum(reply.engine_seconds for reply in replies), 6),
+        queue_seconds=round(env.waited, 6),
+        prompt_tokens=sum(reply.prompt_tokens for reply in replies),
+        cached_tokens=sum(reply.cached_tokens for reply in replies),
         note=player.note,
     )
 

@@ -19,6 +19,9 @@ from typing_extensions import TypedDict
 
 R = TypeVar("R")
 
+MEASURED = ("env_seconds", "engine_seconds", "queue_seconds", "prompt_tokens", "cached_tokens")
+"""What of a `Trajectory` says how it was played: of one and the same episode it differs from run to run."""
+
 
 class Message(TypedDict):
     """One message of a conversation, as chat templates take it."""
@@ -98,7 +101,15 @@ class Trajectory:
     """The environment's own predicate of success, never merely that the episode ended."""
     status: EpisodeStatus
     env_seconds: float = 0.0
+    """Inside the environment."""
     engine_seconds: float = 0.0
+    """From each question to the engine's answer; how long it waits for a place in the batch is part of that."""
+    queue_seconds: float = 0.0
+    """Waiting for a free environment, until that was open, and for the turn of its worker."""
+    prompt_tokens: int = 0
+    """Tokens of all prompts that were put to the engine: the conversation's past counts anew at each turn."""
+    cached_tokens: int = 0
+    """How many of those the engine took from its prefix cache."""
     note: str | None = None
     """What is odd about the episode: how the environment broke, where a replay read something else."""
 

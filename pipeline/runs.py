@@ -30,7 +30,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.config import Config
-from pipeline.records import atomic_write
+from pipeline.records import MEASURED, atomic_write
 
 MANIFEST = "manifest.json"
 EPISODES = "episodes.jsonl"
@@ -55,7 +55,7 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of what a file says: of episodes without the seconds they took, of anything else the bytes.
+    """SHA-256 of what a file says: of episodes without what was measured of their play, of anything else the bytes.
 
     Raises:
         ValueError: a line of the episodes is no record; names file and line.
@@ -71,7 +71,7 @@ def content_digest(path: Path) -> str:
                 episode = None
             if episode is None:
                 raise ValueError(f"{path}, line {number}: not a whole record. Mend or delete the line.")
-            for measured in ("env_seconds", "engine_seconds"):
+            for measured in MEASURED:
                 episode.pop(measured, None)
             content.update(json.dumps(episode, sort_keys=True).encode())
     return content.hexdigest()

@@ -325,7 +325,7 @@ class TestVllm:
 class FakeLLMEngine:
     """vLLM's engine as far as ours talks to it, with a step that never finishes anything, or fails."""
 
-    model_config = types.SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
+    model_config = types.SimpleNamespace(get_vocab_size=lambda: VOCABULARY, dtype="torch.bfloat16")
 
     def __init__(self, failure=None):
         self.failure, self.added, self.aborted = failure, [], []
@@ -366,6 +366,9 @@ class TestVllmThread:
         with pytest.raises(RuntimeError, match="out of blocks") as caught:
             await engine.generate([5], GREEDY)
         assert isinstance(caught.value.__cause__, MemoryError)
+
+    def test_it_knows_what_vllm_computes_in(self, start):
+        assert start(FakeLLMEngine()).dtype == "bfloat16"
 
     async def test_a_refused_request_fails_alone(self, start):
         engine = start(FakeLLMEngine())

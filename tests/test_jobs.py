@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.pool import EnvPool
-from pipeline import arms, rollout
+from pipeline import arms, jobs, rollout, runs
 from pipeline.config import Config
-from pipeline.jobs import Job, check_disjoint, chosen_tasks, spread
+from pipeline.engines.scripted import ScriptedEngine
+from pipeline.jobs import Job, check_disjoint, chosen_tasks, spread, summary
 from pipeline.records import write_jsonl
 from tests.test_records import trajectory
-from tests.toy_env import Settings, ToyEnv
+from tests.tiny_policy import save_tiny_policy
+from tests.toy_env import OtherToyEnv, Settings, ToyEnv
 
 
 def kind(task):
@@ -40,6 +43,16 @@ def test_splits_that_share_a_task_are_refused():
     check_disjoint({"train": ["a:0"], "seen": ["a:1"], "unseen": ["b:0"]})
     with pytest.raises(ValueError, match="a:0 is in both train and seen"):
         check_disjoint({"train": ["a:0"], "seen": ["a:0"], "unseen": []})
+
+
+def test_a_manifest_says_where_the_time_went_and_what_was_cached():
+    times = {"env_seconds": 0.5, "engine_seconds": 2.0, "queue_seconds": 0.25}
+    played = trajectory(**times, prompt_tokens=300, cached_tokens=240)
+    broken = trajectory(env_seconds=1.0, prompt_tokens=100)
+    found = summary([played, broken])
+    assert {name: found[name] for name in times} == {"env_seconds": 1.5, "engine_seconds": 2.0, "queue_seconds": 0.25}
+    assert found["prefix_cache_hit_rate"] == 0.6
+    assert "prefix_cache_hit_rate" not in summary([trajectory(**times)])
 
 
 @pytest.mark.parametrize(
@@ -73,3 +86,92 @@ def job(**fields):
 async def played(job):
     async with EnvPool(ToyEnv, Settings(variations=6), workers=1, slots=2) as pool:
         return list(await chosen_tasks(job, pool, ToyEnv))
+
+
+class CountingEngine(ScriptedEngine):
+    """An engine that remembers what was loaded into it."""
+
+    def __init__(self, max_length, end_token_ids):
+        super().__init__(lambda _: [5], max_length=max_length, end_token_ids=end_token_ids)
+        self.loaded = []
+
+    def load(self, path, end_token_ids):
+        self.loaded.append(path.parent.name)
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Engines that jobs have started, in this process; the environments are toys."""
+    engines = []
+
+    def start(settings, path, max_length, end_token_ids):
+        engines.append(CountingEngine(max_length, end_token_ids))
+        return engines[-1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "load_engine", start)
+    monkeypatch.setattr(jobs, "_in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(jobs, "section", lambda config, env: Settings(variations=2))
+    monkeypatch.setattr(jobs.envs, "load", {"toy": ToyEnv, "other": OtherToyEnv}.__getitem__)
+    return engines
+
+
+def made(policy, **sizes):
+    """A stage that has made a policy."""
+    folder = Path("made") / policy
+    with runs.stage(folder, settings={}):
+        save_tiny_policy(folder / "policy", **sizes)
+    return folder
+
+
+def play_all(policies, envs=("toy", "other")):
+    """Play every policy in every environment, one policy after the other; returns the manifests' facts."""
+    config = Config(run="r", workers={"processes": 1, "slots": 2}, play={"max_tokens": 8})
+    config.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        Job(
+            config=config,
+            folder=config.folder / env / policy,
+            env=env,
+            seed=0,
+            policy=policy,
+            checkpoint=checkpoint,
+            made_by="sft",
+            split="seen",
+        )
+        for policy, checkpoint in policies.items()
+        for env in envs
+    ]
+    jobs.run(wanted)
+    return {(one.env, one.policy): json.loads((one.folder / "manifest.json").read_text())["facts"] for one in wanted}
+
+
+def test_policies_of_one_shape_share_one_engine_in_every_environment(started):
+    facts = play_all({policy: made(policy, seed=number) for number, policy in enumerate("abc")})
+    (engine,) = started
+    assert engine.loaded == ["a", "b", "c", "a", "b", "c"]
+    assert {key: fact["episodes"] for key, fact in facts.items()} == dict.fromkeys(facts, 2)
+    assert {fact["engine_dtype"] for fact in facts.values()} == {engine.dtype}
+
+
+def test_another_shape_has_an_engine_of_its_own_and_chance_has_none(started):
+    facts = play_all({"a": made("a"), "deep": made("deep", layers=3), "random": None})
+    assert [engine.loaded for engine in started] == [["a", "a"], ["deep", "deep"]]
+    assert "engine_dtype" not in facts["toy", "random"]
+
+
+def test_a_manifest_says_which_episodes_its_seconds_are_of(started, monkeypatch):
+    policy = {"a": made("a")}
+    append, room = jobs.JsonlAppender.append, [1]
+
+    def fill_disk(self, record):
+        if not room:
+            raise OSError(28, "No space left on device")
+        append(self, record)
+        room.pop()
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(jobs.JsonlAppender, "append", fill_disk)
+        play_all(policy, envs=["toy"])
+    facts = play_all(policy, envs=["toy"])["toy", "a"]
+    assert facts["seconds_are_of"] == "the last process, which played 1 of 2 episodes"

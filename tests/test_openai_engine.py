@@ -36,6 +36,20 @@ def _quick(monkeypatch):
     monkeypatch.setattr(openai_engine, "PATIENCE", 20.0)
 
 
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that requests were put off; nobody sleeps them."""
+    asked, sleep = [], asyncio.sleep
+
+    async def skip(seconds):
+        if seconds >= 1:
+            asked.append(seconds)
+        await sleep(seconds if seconds < 1 else 0)
+
+    monkeypatch.setattr(asyncio, "sleep", skip)
+    return asked
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # or the system drops some of the connections that come at once
@@ -47,7 +61,14 @@ class Fake:
     def __init__(self, port=0, max_model_len=2048):
         self.max_model_len, self.version, self.weights = max_model_len, NEW, ""
         self.asked, self.faults, self.connections, self.loads = [], [], [], 0
-        self.layers, self.empties, self.sees = 2, True, True
+        self.layers, self.empties, self.sees, self.dtype = 2, True, True, "float32"
+        self.parallel = {
+            "data_parallel_size": 1,
+            "data_parallel_size_local": 1,
+            "data_parallel_external_lb": False,
+            "data_parallel_hybrid_lb": False,
+        }
+        self.ranks = []  # those asked for, each with the prompt
         self.server = _Server(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.held = threading.Event()
@@ -78,6 +99,12 @@ class Fake:
                 found = {
                     "/weight_info": {"weight_version": fake.version},
                     "/v1/models": {"data": [{"id": "m", "max_model_len": fake.max_model_len}]},
+                    "/server_info?config_format=json": {
+                        "vllm_config": {
+                            "model_config": {"dtype": f"torch.{fake.dtype}"},
+                            "parallel_config": fake.parallel,
+                        }
+                    },
                 }
                 self.answer(200, found[self.path])
 
@@ -106,6 +133,7 @@ class Fake:
 
             def complete(self, body):
                 fake.asked.append(body["prompt"])
+                fake.ranks.append((self.headers.get("X-data-parallel-rank"), body["prompt"]))
                 fault = fake.faults.pop(0) if fake.faults else None
                 if fault == "drop":
                     self.connection.shutdown(socket.SHUT_RDWR)
@@ -140,8 +168,8 @@ def fakes():
 
 
 @contextlib.contextmanager
-def engine_on(policy, *urls):
-    settings = EngineSettings(name="openai", servers=list(urls))
+def engine_on(policy, *urls, dtype="auto"):
+    settings = EngineSettings(name="openai", servers=list(urls), dtype=dtype)
     with contextlib.closing(load_engine(settings, policy, 2048, [END])) as engine:
         yield engine
 
@@ -165,6 +193,28 @@ class TestWithFakes:
         assert first
         assert second
         assert not first & second
+
+    @pytest.mark.parametrize(
+        ("parallel", "ranks"),
+        [
+            ({"data_parallel_size": 4, "data_parallel_size_local": 4}, 4),
+            ({"data_parallel_size": 4, "data_parallel_size_local": 2}, 4),
+            ({"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}, 2),
+        ],
+    )
+    async def test_an_episode_stays_with_one_rank_of_its_server(self, policy, fakes, parallel, ranks):
+        fakes[0].parallel |= parallel
+        with engine_on(policy, fakes[0].url) as engine:
+            await play(engine, 40, turns=3)
+        of_episode = [{rank for rank, prompt in fakes[0].ranks if prompt[0] == number} for number in range(40)]
+        assert all(len(one) == 1 for one in of_episode)
+        assert set.union(*of_episode) == {str(rank) for rank in range(ranks)}
+
+    async def test_a_server_with_one_rank_is_asked_for_none(self, policy, fakes):
+        fakes[0].parallel |= {"data_parallel_size": 4, "data_parallel_external_lb": True}
+        with engine_on(policy, *(fake.url for fake in fakes)) as engine:
+            await play(engine, 10)
+        assert {rank for fake in fakes for rank, _ in fake.ranks} == {None}
 
     async def test_the_reply_is_passed_on(self, policy, fakes):
         with engine_on(policy, fakes[0].url) as engine:
@@ -287,7 +337,35 @@ class TestWithFakes:
             fakes[0].held.set()
             assert await playing == sums(1)
 
-    async def test_a_request_that_no_server_can_answer_fails_alone(self, policy, fakes):
+    @pytest.mark.parametrize(
+        ("headers", "expected"),
+        [
+            ({}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "0"}, [1, 2, 4, 8, 16, 32, 60]),
+            ({"Retry-After": "7"}, [7, 7, 7, 8, 16, 32, 60]),
+            ({"Retry-After": "3600"}, [60] * 7),
+        ],
+    )
+    @pytest.mark.parametrize("status", [429, 503])
+    async def test_a_busy_server_is_given_time_and_no_more_than_a_minute(
+        self, policy, fakes, pauses, status, headers, expected
+    ):
+        fakes[0].faults = [(status, headers)] * (openai_engine.TRIES - 1)
+        with engine_on(policy, fakes[0].url) as engine:
+            assert (await engine.generate([1], GREEDY)).token_ids == [1, END]
+        assert pauses == expected
+        assert fakes[0].loads == 1
+
+    async def test_nothing_is_put_off_while_another_server_is_there(self, policy, fakes, pauses):
+        for fake in fakes:
+            fake.faults = [(429, {"Retry-After": "30"})]
+        with engine_on(policy, *(fake.url for fake in fakes)) as engine:
+            assert (await engine.generate([1], GREEDY)).token_ids == [1, END]
+        assert [len(fake.asked) for fake in fakes] in ([1, 2], [2, 1])
+        assert pauses == [30]
+
+    async def test_a_request_that_no_server_can_answer_fails_alone(self, policy, fakes, pauses):
         fakes[0].faults = [(500, {})] * openai_engine.TRIES
         with engine_on(policy, fakes[0].url) as engine:
             with pytest.raises(RuntimeError, match=rf"failed {openai_engine.TRIES} times, at last so: .*HTTP 500"):
@@ -324,6 +402,49 @@ class TestWithFakes:
             pass
         with pytest.raises(ValueError, match=r"engine.servers has no effect with engine.name=vllm"):
             EngineSettings(servers=["http://a"])
+
+    @pytest.mark.parametrize(
+        ("served", "wanted"),
+        [
+            (("float32", "float32"), "auto"),
+            (("bfloat16", "bfloat16"), "auto"),
+            (("bfloat16", "bfloat16"), "bfloat16"),
+            (("float16", "float16"), "float16"),
+        ],
+    )
+    def test_the_engine_knows_what_its_servers_compute_in(self, policy, fakes, served, wanted):
+        for fake, dtype in zip(fakes, served, strict=True):
+            fake.dtype = dtype
+        with engine_on(policy, *(fake.url for fake in fakes), dtype=wanted) as engine:
+            assert engine.dtype == served[0]
+
+    @pytest.mark.parametrize(
+        ("served", "wanted", "message"),
+        [
+            (("bfloat16", "float32"), "auto", r"computes in (bf|f)loat\d\d, and in .*; start it with --dtype"),
+            (
+                ("float16", "float16"),
+                "auto",
+                r"float16, which vLLM makes of float32 .* engine.dtype=float16",
+            ),
+            (("bfloat16", "float32"), "bfloat16", r"computes in float32, and in bfloat16 .*; start it with --dtype bf"),
+            (("float16", "float16"), "bfloat16", r"computes in float16, and in bfloat16 .*; start it with --dtype bf"),
+        ],
+    )
+    def test_servers_of_another_precision_are_refused(self, policy, fakes, served, wanted, message):
+        for fake, dtype in zip(fakes, served, strict=True):
+            fake.dtype = dtype
+        urls = [fake.url for fake in fakes]
+        with pytest.raises(ValueError, match=message), engine_on(policy, *urls, dtype=wanted):
+            pass
+
+    async def test_a_server_that_comes_back_in_another_precision_ends_the_run(self, policy, fakes):
+        with engine_on(policy, fakes[0].url) as engine:
+            fakes[0].dtype, fakes[0].version = "bfloat16", NEW
+            with pytest.raises(RuntimeError, match="computes in bfloat16, and in float32 the servers before it"):
+                for _ in range(200):
+                    await engine.generate([1], GREEDY)
+                    await asyncio.sleep(0.02)
 
     async def test_cancelling_takes_a_request_off_and_closing_leaves_the_server(self, policy, fakes):
         fakes[0].held.clear()

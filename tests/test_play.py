@@ -1,6 +1,8 @@
 """Episodes on a toy environment with a scripted policy: the whole agent loop without a model or a simulator."""
 
+import asyncio
 import itertools
+from dataclasses import replace
 
 import pytest
 from transformers import AutoTokenizer
@@ -76,6 +78,38 @@ async def test_the_engine_sees_ids_that_only_grow_and_that_rendering_gives_again
     assert [token for token, turn in zip(rendered.ids, rendered.turn_index, strict=True) if turn == 1] == one.turns[
         1
     ].token_ids
+
+
+class Slow(ScriptedEngine):
+    """Takes its time for every reply, and says that it had all but the prompt's last token cached."""
+
+    async def generate(self, prompt_ids, sampling, episode=""):
+        await asyncio.sleep(0.05)
+        completion = await super().generate(prompt_ids, sampling, episode)
+        return replace(completion, cached_tokens=len(prompt_ids) - 1)
+
+
+async def test_time_is_the_engines_the_environments_or_the_queues_and_never_two_of_them(tmp_path, renderer):
+    """Two episodes, one environment: the one that comes second waits for it while the first is played."""
+    engine = Slow(lambda _: ids(renderer, "Action: sleep 0.2"), max_length=512, end_token_ids=renderer.end_token_ids)
+    rules = PlayConfig(max_tokens=40, max_invalid=2)
+    tasks = ["toy:train:2", "toy:train:1"]
+    played = await play(
+        tmp_path, lambda _: PolicyPlayer(engine, renderer, rules, 0.0, 1.0), tasks=tasks, rules=rules, slots=1
+    )
+    for one in played:
+        assert one.env_seconds >= 0.4
+        assert 0.1 <= one.engine_seconds < 0.4
+        prompts = [len(prompt) for prompt, _, name in engine.requests if one.id in name]
+        assert (one.prompt_tokens, one.cached_tokens) == (sum(prompts), sum(prompts) - 2)
+    first, second = (one.queue_seconds for one in played)
+    assert second - first > 0.4
+
+
+async def test_what_chance_asks_of_the_environment_is_no_time_of_an_engine(tmp_path):
+    (one,) = await play(tmp_path, lambda _: RandomPlayer())
+    assert (one.engine_seconds, one.prompt_tokens) == (0, 0)
+    assert one.env_seconds > 0
 
 
 async def test_each_request_has_a_seed_of_its_own_that_does_not_hang_on_the_others(tmp_path, renderer):

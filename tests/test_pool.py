@@ -97,6 +97,32 @@ async def test_waiting_for_a_turn_is_no_timeout():
         await asyncio.gather(*(nap() for _ in range(4)))
 
 
+async def test_a_session_knows_how_long_it_waited_for_turns():
+    async with EnvPool(ToyEnv, slots=2) as pool, pool.session() as one, pool.session() as two:
+        await one.reset(TASK)
+        await two.reset(TASK)
+        before = one.waited, two.waited
+        napping = asyncio.create_task(one.step("sleep 0.6"))
+        await asyncio.sleep(0.1)
+        await two.step("up")
+        await napping
+        assert one.waited - before[0] < 0.4
+        assert two.waited - before[1] > 0.4
+
+
+async def test_a_session_knows_how_long_it_waited_for_a_slot():
+    async with EnvPool(ToyEnv) as pool:
+
+        async def hold() -> float:
+            async with pool.session() as env:
+                await asyncio.sleep(0.4)
+                return env.waited
+
+        first, second = await asyncio.gather(hold(), hold())
+        assert first > 0.02  # a worker is a new interpreter
+        assert second - first > 0.3
+
+
 async def test_refusals_come_back_as_they_are():
     async with EnvPool(ToyEnv) as pool, pool.session() as env:
         pid = await env.call("pid")

@@ -29,7 +29,7 @@ from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool, MachineLo
 from pipeline import jobs
 from pipeline.config import Config, PlayConfig, load
 from pipeline.play import Episode, RandomPlayer, play_episodes
-from pipeline.records import JsonlAppender, Trajectory, read_jsonl
+from pipeline.records import MEASURED, JsonlAppender, Trajectory, read_jsonl
 from tests.planned import Planned
 from tests.test_pool import descendants, wait_gone
 from tests.toy_env import Settings, ToyEnv
@@ -114,9 +114,9 @@ def killing(cluster: Cluster, file: Path, episodes: int):
 
 
 def told(trajectories: list[Trajectory]) -> list[dict]:
-    """Episodes without their times, in a fixed order."""
-    timeless = [dataclasses.asdict(one) | {"env_seconds": 0, "engine_seconds": 0} for one in trajectories]
-    return sorted(timeless, key=lambda one: (one["split"], one["id"], one["sample"]))
+    """Episodes without what was measured of their play, in a fixed order."""
+    played = [dataclasses.asdict(one) | dict.fromkeys(MEASURED) for one in trajectories]
+    return sorted(played, key=lambda one: (one["split"], one["id"], one["sample"]))
 
 
 async def play(path: Path, backend: str, episodes: list[Episode], make_player, **sizes) -> list[dict]:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import runs
 from pipeline.config import Config
-from pipeline.records import write_jsonl
+from pipeline.records import MEASURED, write_jsonl
 from tests.test_records import trajectory
 
 
@@ -51,15 +51,15 @@ def test_the_same_content_made_again_changes_nothing_downstream(tmp_path):
     assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
 
 
-def test_the_seconds_that_episodes_took_change_nothing_downstream(tmp_path):
-    def episodes(folder, attempt, seconds):
+def test_what_is_measured_of_episodes_changes_nothing_downstream(tmp_path):
+    def episodes(folder, attempt, measured):
         with runs.stage(folder, settings={"attempt": attempt}) as stage:
             assert not stage.done
-            write_jsonl(folder / runs.EPISODES, [trajectory(env_seconds=seconds, engine_seconds=2 * seconds)])
+            write_jsonl(folder / runs.EPISODES, [trajectory(**dict.fromkeys(MEASURED, measured))])
 
-    episodes(tmp_path / "a", 1, 0.5)
+    episodes(tmp_path / "a", 1, 5)
     make(tmp_path / "b", {}, {"a": tmp_path / "a"})
-    episodes(tmp_path / "a", 2, 0.7)
+    episodes(tmp_path / "a", 2, 7)
     assert not make(tmp_path / "b", {}, {"a": tmp_path / "a"})
 
 

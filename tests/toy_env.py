@@ -145,3 +145,9 @@ class ToyEnv(TextEnv):
 
     def _info(self, valid: bool) -> Info:
         return Info(reward=self._reward, success=self._reward == 1, valid=valid)
+
+
+class OtherToyEnv(ToyEnv):
+    """The same again, as another environment."""
+
+    name = "other"

@@ -56,6 +56,8 @@ class Engine(Protocol):
 
     max_length: int
     """Most tokens of a prompt and its completion together."""
+    dtype: str
+    """Precision that it computes in, as `bfloat16`."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, episode: str = "") -> Completion:
         """Complete one prompt.
@@ -103,7 +105,8 @@ class EngineSettings(BaseModel):
     """With `openai`: where the servers are, as http://a:8000,http://b:8000."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the served weights. `auto`: bfloat16 where the machine multiplies in it, float32 elsewhere; the
-    manifest says which."""
+    manifest says which. With `openai` it is the servers' to choose: one that computes in another is refused, with
+    `auto` one in float16 or in another than the rest."""
     concurrency: int = Field(default=64, ge=1)
     """Most requests that the engine works on at once; more wait."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
@@ -120,7 +123,7 @@ class EngineSettings(BaseModel):
 
     @model_validator(mode="after")
     def _of_vllm_alone(self) -> Self:
-        takes = {"vllm": type(self).model_fields.keys() - {"servers"}, "openai": {"servers"}, "hf": {"dtype"}}
+        takes = {"vllm": type(self).model_fields.keys() - {"servers"}, "openai": {"servers", "dtype"}, "hf": {"dtype"}}
         inert = type(self).model_fields.keys() - takes[self.name] - {"name"}
         refuse_inert(self, sorted(inert), f"with engine.name={self.name}")
         return self

@@ -37,7 +37,7 @@ class HfEngine:
         self.max_length = max_length
         self._ends = frozenset(end_token_ids)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = precision.resolve(settings.dtype)
+        self.dtype = precision.resolve(settings.dtype)
         self._read(path)
         # One thread is both the queue and the lock: a cancelled request ends before the next one starts.
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")
@@ -68,7 +68,7 @@ class HfEngine:
             del self._model
 
     def _read(self, path: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, local_files_only=True)
         self._model, self._path = model.to(self._device).eval(), path
 
     @torch.inference_mode()

@@ -3,9 +3,10 @@
     VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --generation-config vllm --enable-prompt-tokens-details ...
 
 - An episode stays with one server, which has its past cached; which one, its name decides (rendezvous hashing): with a
-  server that goes, only its own episodes go over to others.
-- A request that a server does not answer is asked of another one. Sampling has the request's own seed: who answers
-  makes no difference beyond the last bits of the arithmetic.
+  server that goes, only its own episodes go over to others. In a server with `--data-parallel-size` it stays with one
+  rank, for each rank has a cache of its own, and left to itself vLLM takes the one that is least busy.
+- A request that a server does not answer is asked of another one, and put off longer each time once all have failed
+  it. Sampling has the request's own seed: who answers makes no difference beyond the last bits of the arithmetic.
 - A policy is put into every server by vLLM's `reload_weights`, from a folder that the servers see under the same path,
   and named as the weights' version. Each server is asked for that version every two seconds, and after each reply
   before the reply counts. One that was started anew does not have it, and gets the policy again; one that has somebody
@@ -41,6 +42,10 @@ PATIENCE = 900.0
 """Most seconds that a request waits for any server to be there."""
 TRIES = 8
 """How often a request may fail before it is the request's own fault."""
+LONGEST_PAUSE = 60.0
+"""Most seconds that a request is put off, whatever a server asks for."""
+RANK = "X-data-parallel-rank"
+"""The header that names the rank a request is for (vllm/entrypoints/generate/base/serving.py)."""
 NEW = "default"
 """The version of a server's weights that nobody has named (vllm/v1/engine/core.py)."""
 
@@ -73,7 +78,7 @@ class OpenAiEngine:
         path: checkpoint folder, seen by the servers under the same path.
         max_length: most tokens of a prompt and its completion together.
         end_token_ids: ids that end a completion.
-        settings: `servers`.
+        settings: `servers`, and the `dtype` that they have to have.
 
     Raises:
         ValueError: no server is named or reachable, or one is not as it has to be.
@@ -82,7 +87,9 @@ class OpenAiEngine:
     def __init__(
         self, path: Path, *, max_length: int, end_token_ids: Sequence[int], settings: EngineSettings | None = None
     ) -> None:
+        settings = settings or EngineSettings(name="openai")
         self.max_length = max_length
+        self.dtype: str = "" if settings.dtype == "auto" else settings.dtype
         self._path, self._ends, self._vocabulary = path, list(end_token_ids), int(read_sizes(path)["vocab_size"])
         self._version, self._under_way, self._error = "", 0, ""
         # The engine's own loop: its callers come and go with theirs, and `load` blocks.
@@ -94,7 +101,7 @@ class OpenAiEngine:
         limits = httpx.Limits(keepalive_expiry=2)
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
         self._changed = asyncio.Event()
-        self._servers = [_Server(url.rstrip("/"), self._client) for url in (settings or EngineSettings()).servers]
+        self._servers = [_Server(url.rstrip("/"), self._client) for url in settings.servers]
         self._monitors: list[asyncio.Task[None]] = []
         try:
             self._call(self._start())
@@ -161,7 +168,26 @@ class OpenAiEngine:
 
     async def _bring_up(self, server: "_Server") -> None:
         await server.load(self._path, self._version, self.max_length)
+        self._check_dtype(server)
         self._changed.set()
+
+    def _check_dtype(self, server: "_Server") -> None:
+        """Hold all servers to one precision: `engine.dtype`, or that of the first.
+
+        Raises:
+            ValueError: this one computes in another.
+        """
+        if not self.dtype and server.dtype == "float16":
+            raise ValueError(
+                f"{server.url} computes in float16, which vLLM makes of float32 checkpoints unasked; start it with "
+                "--dtype bfloat16 or float32, or say engine.dtype=float16."
+            )
+        self.dtype = self.dtype or server.dtype
+        if server.dtype != self.dtype:
+            raise ValueError(
+                f"{server.url} computes in {server.dtype}, and in {self.dtype} the servers before it, or what "
+                f"engine.dtype says; start it with --dtype {self.dtype}."
+            )
 
     async def _look_at(self, server: "_Server") -> None:
         """Bring up a server that is well and has the policy, and give the policy to one that was started anew.
@@ -221,18 +247,20 @@ class OpenAiEngine:
             while True:
                 server = await self._server_of(episode or str(prompt_ids), failed)
                 try:
-                    return await self._ask(server, prompt_ids, sampling)
+                    return await self._ask(server, prompt_ids, sampling, episode)
                 except LostError as error:
                     failed.append(server)
                     if len(failed) == TRIES:
                         raise RuntimeError(
                             f"A request failed {TRIES} times, at last so: {server.url}: {error}."
                         ) from None
-                    await asyncio.sleep(error.wait or 0)
+                    there = [one for one in self._servers if one.is_up]
+                    if there and all(one in failed for one in there):
+                        await asyncio.sleep(pause(len(failed), error.wait))
         finally:
             self._under_way -= 1
 
-    async def _ask(self, server: "_Server", prompt_ids: list[int], sampling: Sampling) -> Completion:
+    async def _ask(self, server: "_Server", prompt_ids: list[int], sampling: Sampling, episode: str) -> Completion:
         """A completion that is proven to be the policy's: the server had its version before, and has it after.
 
         Raises:
@@ -241,7 +269,7 @@ class OpenAiEngine:
         """
         try:
             try:
-                completion = await server.complete(prompt_ids, sampling, self.max_length, self._ends)
+                completion = await server.complete(prompt_ids, sampling, self.max_length, self._ends, episode)
                 await server.expect(self._version)
                 return completion
             except LostError as error:
@@ -284,8 +312,10 @@ class _Server:
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url
+        self.dtype = ""
+        """Precision that it computes in."""
         self._client = client
-        self._model = ""
+        self._model, self._ranks = "", 1
         self._lost = asyncio.Event()
         self._lost.set()
 
@@ -328,6 +358,9 @@ class _Server:
                 f"with --max-model-len {max_length}."
             )
         self._model = model["id"]
+        config = (await self._ask("GET", "/server_info?config_format=json"))["vllm_config"]
+        self.dtype = config["model_config"]["dtype"].removeprefix("torch.")
+        self._ranks = _ranks(config["parallel_config"])
         await self._ask("POST", "/update_weight_version", {"new_version": _loading(version)})
         try:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.resolve())}}
@@ -360,8 +393,10 @@ class _Server:
                 "the same shape."
             )
 
-    async def complete(self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int]) -> Completion:
-        """One completion; given up when the server goes down."""
+    async def complete(
+        self, prompt_ids: list[int], sampling: Sampling, max_length: int, ends: list[int], episode: str
+    ) -> Completion:
+        """One completion, by the episode's rank where the server has several; given up when the server goes down."""
         body = {
             "model": self._model,
             "prompt": prompt_ids,
@@ -379,7 +414,10 @@ class _Server:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        answer = await self._unless_lost(self._ask("POST", "/v1/completions", body))
+        headers = {}
+        if episode and self._ranks > 1:
+            headers[RANK] = str(int.from_bytes(hashlib.sha256(episode.encode()).digest()) % self._ranks)
+        answer = await self._unless_lost(self._ask("POST", "/v1/completions", body, headers=headers))
         (choice,) = answer["choices"]
         details = answer["usage"].get("prompt_tokens_details") or {}
         return Completion(
@@ -400,7 +438,14 @@ class _Server:
             asked.cancel()
             lost.cancel()
 
-    async def _ask(self, method: str, place: str, body: Any = None, timeout: float | None = None) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        place: str,
+        body: Any = None,
+        timeout: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Any:
         """One call.
 
         Raises:
@@ -409,7 +454,7 @@ class _Server:
         """
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._client.request(method, self.url + place, json=body)
+                answer = await self._client.request(method, self.url + place, json=body, headers=headers)
         except (httpx.TransportError, TimeoutError) as error:
             raise LostError(f"{type(error).__name__} {error}".strip()) from None
         if answer.status_code in (429, 503) and answer.headers.get("Retry-After", "").isdigit():
@@ -423,6 +468,17 @@ class _Server:
         if answer.status_code >= 400:
             raise ValueError(f"{self.url}{place}: HTTP {answer.status_code}: {answer.text[:300]}")
         return answer.json() if answer.content else None
+
+
+def pause(failures: int, asked: float | None) -> float:
+    """Seconds to put a request off that failed so often: 1, 2, 4, ..., longer where a server asks for it, bounded."""
+    return min(max(2.0 ** (failures - 1), asked or 0.0), LONGEST_PAUSE)
+
+
+def _ranks(config: dict[str, Any]) -> int:
+    """How many data-parallel ranks a server can be asked for by number (vllm/v1/engine/input_processor.py)."""
+    here_alone = config["data_parallel_external_lb"] or config["data_parallel_hybrid_lb"]
+    return int(config["data_parallel_size_local" if here_alone else "data_parallel_size"])
 
 
 def _loading(version: str) -> str:

@@ -22,7 +22,7 @@ class ScriptedEngine:
         max_length: int,
         end_token_ids: Sequence[int],
     ) -> None:
-        self.max_length = max_length
+        self.max_length, self.dtype = max_length, "float32"
         self.requests: list[tuple[list[int], Sampling, str]] = []
         """Prompt, sampling and episode of every request so far."""
         self._reply = replies if callable(replies) else _one_by_one(replies)

@@ -92,12 +92,12 @@ class VllmEngine:
         self._lock = threading.Lock()
         self._stopped: str | None = None
         self._cause: BaseException | None = None
-        ready: Future[int] = Future()
+        ready: Future[tuple[int, str]] = Future()
         self._thread = threading.Thread(
             target=self._serve, args=(path, settings or EngineSettings(), ready), name="vllm-engine", daemon=True
         )
         self._thread.start()
-        self._vocabulary = ready.result()
+        self._vocabulary, self.dtype = ready.result()
         # A daemon thread inside a C++ kernel would crash the interpreter's exit when `close` was forgotten.
         atexit.register(self.close)
 
@@ -140,7 +140,7 @@ class VllmEngine:
 
     # Everything below runs in the engine's thread.
 
-    def _serve(self, path: Path, settings: EngineSettings, ready: "Future[int]") -> None:
+    def _serve(self, path: Path, settings: EngineSettings, ready: "Future[tuple[int, str]]") -> None:
         waiting: dict[str, _Request] = {}
         with contextlib.ExitStack() as stack:
             try:
@@ -148,7 +148,8 @@ class VllmEngine:
             except BaseException as error:
                 ready.set_exception(error)
                 return
-            ready.set_result(engine.model_config.get_vocab_size())
+            model = engine.model_config
+            ready.set_result((model.get_vocab_size(), str(model.dtype).removeprefix("torch.")))
             try:
                 self._play(engine, waiting)
             except BaseException as error:
