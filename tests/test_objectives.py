@@ -87,7 +87,7 @@ TERMS = [(0.0, 0.0), (0.1, 0.0), (0.1, 0.5)]
 """Label smoothing and weight of the SFT term."""
 
 
-@pytest.fixture(scope="module", params=TERMS, ids=lambda terms: "smoothing={},nll={}".format(*terms))
+@pytest.fixture(scope="module", params=TERMS, ids=lambda terms: "smoothing{}-nll{}".format(*terms))
 def terms_and_given(request, tmp_path_factory):
     """What training is given of every method under these terms."""
     smoothing, nll = request.param
