@@ -182,6 +182,8 @@ def run(jobs: Sequence[Job]) -> None:
                 inputs["experts"] = job.only.parent
             work = stack.enter_context(runs.stage(job.folder, settings=settings(job), inputs=inputs))
             if not work.done:
+                for precision in _precision(job).values():
+                    work.compute_in(precision)
                 waiting[_sharing(job)].append((job, work))
         for together in waiting.values():
             facts = _in_own_process(_play, [job for job, _ in together])

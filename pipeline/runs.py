@@ -7,6 +7,9 @@ and of the contents of the inputs, so:
     manifest with the same key      done: nothing happens
     state with the same key         was killed: the stage goes on from the files it finds
     anything else                   settings or inputs changed: the folder is emptied and made again
+
+A precision that a recipe leaves to the machine is in no key: what is done stays done wherever the folder is looked at.
+It is noted where work begins, and half-done work goes on in it or not at all.
 """
 
 import contextlib
@@ -131,6 +134,22 @@ class Stage:
     """Whether a manifest with the same key is there: nothing is left to do."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the stage wants its manifest to say: counts, drops with their reasons; `seconds`, if it knows better."""
+
+    def compute_in(self, precision: str) -> None:
+        """Note the precision of the work that is to be done.
+
+        Raises:
+            ValueError: it was begun in another one, on another machine.
+        """
+        if not is_main_process():
+            return
+        state = _read_json(self.folder / STATE) or {}
+        if (begun := state.setdefault("precision", precision)) != precision:
+            raise ValueError(
+                f"{self.folder} was begun in {begun}, and this machine computes in {precision}: go on where it was "
+                f"begun, or delete the folder to begin again here."
+            )
+        write_json(self.folder / STATE, state)
 
 
 def _key(settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> tuple[str, dict[str, Any]]:
