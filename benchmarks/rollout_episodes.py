@@ -48,7 +48,7 @@ class Recorder:
     """An engine that remembers what was asked of it; with `anew` each request finds no prefix of its own cached."""
 
     def __init__(self, engine: Engine, *, anew: bool = False) -> None:
-        self.max_length = engine.max_length
+        self.max_length, self.dtype = engine.max_length, engine.dtype
         self.requests: dict[str, list[tuple[Sequence[int], Sampling]]] = defaultdict(list)
         self.tokens = self.prompt_tokens = self.cached = 0
         self._engine, self._anew = engine, anew

@@ -280,7 +280,9 @@ def _memory_table(config: Config, sft: Any, policy: Any, works: dict[str, Work],
         rows, bf16 = _micro_batch(section, gpus), section.bf16 is not False
         kept = memory.kept(model, lengths, rows=rows, bf16=bf16, checkpointing=section.gradient_checkpointing)
         if stage == "train":
-            add("reference", section.micro_batch_size, lengths, "each GPU", memory.scoring(model, kept))
+            scored = section.micro_batch_size
+            passed = memory.kept(model, lengths, rows=scored, bf16=bf16, checkpointing=True)
+            add("reference", scored, lengths, "each GPU", memory.scoring(model, passed))
         add(stage, rows, lengths, alone, memory.training(model, kept, gpus=gpus))
         if gpus > 1 and not qlora.is_in_4bit(model):
             add(stage, rows, lengths, "all GPUs (FSDP)", memory.training(model, kept, gpus=gpus, sharded=True))

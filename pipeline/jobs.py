@@ -232,6 +232,9 @@ async def _play_jobs(jobs: Sequence[Job]) -> dict[Path, dict[str, Any]]:
         pools = [(open_pool(group[0].config, envs.load(group[0].env)), group) for group in by_pool.values()]
         with _engine(jobs[0]) as engine:
             dtype = {"engine_dtype": engine.dtype} if engine else {}
+            for job in jobs:
+                if engine:
+                    runs.compute_in(job.folder, engine.dtype)
             for pool, group in pools:
                 async with pool:
                     for job in group:

@@ -71,7 +71,7 @@ def token_logprobs(
     arguments: dict[str, Any] = {"use_cache": False}
     if causal_lm.config._attn_implementation == packing.NAME:
         packed = packing.pack(input_ids, attention_mask, turn_index, twins=twins)
-        arguments |= {"input_ids": packed.input_ids, "position_ids": packed.positions, "packing": packed}
+        arguments |= packed.arguments()
         places, own = packed.places, packed.own
     else:
         arguments |= {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -188,13 +188,20 @@ def training(model: Any, kept: Kept, *, gpus: int = 1, sharded: bool = False) ->
 
 
 def scoring(model: Any, kept: Kept) -> Training:
-    """What the stage `reference` holds on each GPU: the whole model, and what one layer and one chunk pass through."""
+    """What the stage `reference` holds on each GPU: the whole model, and the layer or the chunk that it is at.
+
+    Of a layer what training keeps of it, which is the most that it may come to: without gradients some goes earlier.
+
+    Args:
+        model: from `build`.
+        kept: from `kept` with checkpointing, which tells one layer from the others.
+    """
     parameters = count(model)
     return Training(
         weights=4 * parameters.trained + parameters.base_bytes,
         gradients=0,
         optimizer=0,
-        passing=kept.copies + kept.output + kept.again,
+        passing=kept.copies + max(round(kept.again / PASSING), kept.output),
     )
 
 

@@ -3,8 +3,8 @@
 In later rounds the reference is the policy that the round begins with, or policy 0 still (`train.reference`).
 
 One line a pair: `id`, and under `chosen` and `rejected` one number a turn, the sum over the turn's tokens. The stage's
-key is made of the policy's weights and precision, the pairs and the longest conversation, so stale numbers are never
-read.
+key is made of the policy's weights, the pairs and the longest conversation, so stale numbers are never read; nor are
+those of another precision than the training's (`check_precision`).
 """
 
 import math
@@ -48,7 +48,7 @@ def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
     with runs.stage(arm.folder(env, seed, "reference", number), settings=settings, inputs=inputs) as stage:
         if stage.done:
             return
-        from pipeline import models, training
+        from pipeline import models, precision, training
         from pipeline.examples import pair_examples
         from pipeline.rendering import Renderer
 
@@ -63,6 +63,26 @@ def _stage(arm: Arm, env: str, seed: int, number: int) -> None:
             ]
             write_jsonl(stage.folder / LOGPROBS, lines)
         stage.facts.update(counts | {"pairs": len(kept), "template_hash": Renderer(tokenizer).template_hash})
+        stage.facts["precision"] = precision.of_training(config.train)
+
+
+def check_precision(folder: Path, precision: str) -> None:
+    """Refuse to train in another precision than that of the reference: their ratio would not begin at one.
+
+    Args:
+        folder: of the stage.
+        precision: of the training.
+
+    Raises:
+        ValueError: they differ, for the stage ran on another machine.
+    """
+    computed = runs.read_manifest(folder, "reference")["facts"].get("precision", precision)
+    if computed != precision:
+        raise ValueError(
+            f"The log-probs in {folder} were computed in {computed}, and this machine trains in {precision}: set "
+            "train.bf16=true or train.bf16=false to have both alike, or delete the folder and run the stage "
+            "`reference` here."
+        )
 
 
 def read(path: Path, pairs: list[Pair]) -> list[tuple[list[float], list[float]]]:

@@ -7,6 +7,9 @@ and of the contents of the inputs, so:
     manifest with the same key      done: nothing happens
     state with the same key         was killed: the stage goes on from the files it finds
     anything else                   settings or inputs changed: the folder is emptied and made again
+
+A precision that a recipe leaves to the machine is in no key: what is done stays done wherever the folder is looked at.
+It is noted where work begins, and half-done work goes on in it or not at all.
 """
 
 import contextlib
@@ -276,6 +279,23 @@ def _take_over(config: Config, other: Path) -> None:
                     shutil.rmtree(half, ignore_errors=True)
                     shutil.copytree(manifest.parent, half, copy_function=os.link)
                     half.rename(mine)
+
+
+def compute_in(folder: Path, precision: str) -> None:
+    """Note the precision of the work that is to be done in a stage's folder.
+
+    Raises:
+        ValueError: it was begun in another one, on another machine.
+    """
+    if not is_main_process():
+        return
+    state = _read_json(folder / STATE) or {}
+    if (begun := state.setdefault("precision", precision)) != precision:
+        raise ValueError(
+            f"{folder} was begun in {begun}, and here it would be {precision}: go on where it was begun, or delete the "
+            "folder to begin again here."
+        )
+    write_json(folder / STATE, state)
 
 
 def is_main_process() -> bool:

@@ -34,10 +34,11 @@ def _stage(arm: Arm, env: str, seed: int) -> None:
 
 
 def _train(config: Config, experts: list[Trajectory], stage: runs.Stage, seed: int) -> dict[str, Any]:
-    from pipeline import models, training
+    from pipeline import models, precision, training
     from pipeline.examples import sft_examples
     from pipeline.rendering import Renderer
 
+    runs.compute_in(stage.folder, precision.of_training(config.sft))
     if config.model.path is None:
         texts = [message["content"] for expert in experts for message in expert.messages]
         model, tokenizer = models.new_policy(config.model, texts, seed)

@@ -57,12 +57,14 @@ def _settings(arm: Arm, seed: int) -> dict[str, Any]:
 
 def _prefer(arm: Arm, env: str, seed: int, number: int, stage: runs.Stage) -> dict[str, Any]:
     """Preference training on the pairs of a round."""
-    from pipeline import models, training
+    from pipeline import models, precision, training
     from pipeline.examples import pair_examples
     from pipeline.rendering import Renderer
 
     assert arm.method.discount is not None
-    config = arm.config
+    config, computed_in = arm.config, precision.of_training(arm.config.train)
+    reference.check_precision(arm.folder(env, seed, "reference", number), computed_in)
+    runs.compute_in(stage.folder, computed_in)
     model, tokenizer = models.load_policy(arm.policy(env, seed, number - 1) / "policy", config.model, seed)
     pairs = read_jsonl(arm.folder(env, seed, "pairs", number) / PAIRS, Pair)
     kept, examples, counts = pair_examples(Renderer(tokenizer), pairs, config.model.max_length)
@@ -84,11 +86,12 @@ def _prefer(arm: Arm, env: str, seed: int, number: int, stage: runs.Stage) -> di
 
 def _reject_and_tune(arm: Arm, env: str, seed: int, number: int, stage: runs.Stage) -> dict[str, Any]:
     """SFT on the experts and on what policy 0 played well itself."""
-    from pipeline import models, training
+    from pipeline import models, precision, training
     from pipeline.examples import sft_examples
     from pipeline.rendering import Renderer
 
     config = arm.config
+    runs.compute_in(stage.folder, precision.of_training(config.rft))
     experts = read_jsonl(arm.folder(env, seed, "experts") / jobs.EPISODES, Trajectory)
     explored = jobs.trajectories(arm.explored(env, seed, number).values())
     good, counts = successes(explored, config.rft.min_reward)

@@ -35,7 +35,7 @@ from pipeline.methods import Discount
 from pipeline.models import reference_mode
 from pipeline.objectives import PreferenceObjective, SftObjective
 from pipeline.packing import packed_attention
-from pipeline.precision import multiplies_bf16
+from pipeline.precision import uses_bf16
 from pipeline.records import JsonlAppender, read_jsonl
 from pipeline.rendering import Rendered
 from pipeline.training_log import LOG, Window, callbacks, open_log, scalars
@@ -150,11 +150,6 @@ def reference_turn_logprobs(
                 found.append((pair, (chosen[: first.turns], rejected[: second.turns])))
     by_pair = dict(gather_object(found) if state.num_processes > 1 else found)
     return [by_pair[pair] for pair in range(len(pairs))]
-
-
-def uses_bf16(config: TrainingConfig) -> bool:
-    """Whether autocast computes in bfloat16: as configured, else where the hardware multiplies in it."""
-    return multiplies_bf16() if config.bf16 is None else config.bf16
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -155,6 +155,17 @@ def test_weights_that_lie_on_every_gpu_do_not_fit(capsys, tmp_path, monkeypatch)
     assert "taken to be 4096 + 4096 tokens" in told
 
 
+def test_the_reference_pass_is_told_of_the_batch_that_it_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = local("mistral-7b", "env=sciworld", "train.batch_size=4", "train.micro_batch_size=4")
+    dry_run.main(config, 4, "h100")  # training has one pair of a batch on each GPU
+    cells = row(capsys.readouterr().out, "reference")
+    model = memory.build(models.read_sizes(CONFIGS / "mistral-7b", config.model), config.model)
+    kept = memory.kept(model, [4096] * 2, rows=4, bf16=True, checkpointing=True)
+    assert cells[1] == "4 x 4096 + 4096"
+    assert float(cells[6]) == pytest.approx(memory.scoring(model, kept).passing / 1e9, abs=0.06)
+
+
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
     """A run folder with a tiny policy, its experts and pairs."""

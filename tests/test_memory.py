@@ -150,11 +150,18 @@ def peak_of_a_step(model, bf16: bool, checkpointing: bool) -> int:
     model.train()
     for weight in model.parameters():  # what earlier micro-batches of the step leave
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
-    profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with profiling as profiler, packed_attention(causal_lm_of(model)):
+    with profiling() as profiler, packed_attention(causal_lm_of(model)):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as accelerate: around the forward pass alone
             logprobs = training._sides_logprobs(model, batch["sides"])
         PreferenceObjective(beta=0.1)(logprobs, batch)[0].backward()
+    return peak_in(profiler)
+
+
+def profiling() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def peak_in(profiler: profile) -> int:
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -186,3 +193,14 @@ def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing):
     said = memory.training(shapes, kept)
     ratio = said.passing / measured
     assert 0.85 < ratio < 1.15, (measured, said)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_peak_of_a_reference_pass_is_near_what_is_said(rank, bf16):
+    model = add_lora(LlamaForCausalLM(SMALL), ModelConfig(lora_rank=rank), 0)
+    with profiling() as profiler:
+        training.reference_turn_logprobs(model, [pair()], PreferenceConfig(bf16=bf16, micro_batch_size=1))
+    shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
+    said = memory.scoring(shapes, memory.kept(shapes, [LENGTH] * 2, bf16=bf16, checkpointing=True))
+    assert 0.95 < said.passing / peak_in(profiler) < 1.55, (peak_in(profiler), said)

@@ -1,10 +1,17 @@
 """Packed rows against padded ones: the same log-probs and gradients, for fewer tokens."""
 
+import math
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     JambaConfig,
@@ -13,16 +20,22 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from pipeline.logprobs import token_logprobs
-from pipeline.packing import NAME, can_pack, pack, packed_attention
+from pipeline.packing import MULTIPLE, NAME, can_pack, pack, packed_attention
 from tests.test_logprobs import MODELS, SIZE, assert_same_gradients, gradients, llama, naive, seeded, weighted
 
 EXACT = {"atol": 5e-6, "rtol": 1e-5}
 GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+WINDOWS = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 5}
 
 PACKED = {name: build for name, build in MODELS.items() if name != "gemma2-capped"} | {
     "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZE, sliding_window=5)),
@@ -30,7 +43,18 @@ PACKED = {name: build for name, build in MODELS.items() if name != "gemma2-cappe
     "qwen3-some-windows": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SIZE, head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     ),
+    # Both give attention its window by the mask alone.
+    "qwen2-moe-windows": lambda: spread(Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZE, **MIXTURE, **WINDOWS))),
+    "phimoe-window": lambda: spread(PhimoeForCausalLM(PhimoeConfig(**SIZE, **MIXTURE, sliding_window=5))),
 }
+
+
+def spread(model):
+    """With weights so large that a token feels what it sees, and with none that are 0 or not filled at all."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape) * 0.3 + (weight.ndim == 1))
+    return model
 
 
 @pytest.fixture(params=PACKED)
@@ -106,9 +130,9 @@ def test_padding_on_the_left_and_equal_sides():
 
 def test_a_shared_beginning_is_computed_once():
     model, seen = seeded(llama), []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[:2]))
     ids, mask, turns = (tensor.repeat_interleave(4, dim=0) for tensor in twins())
     with packed_attention(model), torch.no_grad():
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[:2]))
         token_logprobs(model, ids, mask, turns)
         token_logprobs(model, ids, mask, turns, twins=True)
     token_logprobs(model, ids, mask, turns)
@@ -162,11 +186,68 @@ def test_other_models_stay_padded(build):
         assert model.config._attn_implementation == before
 
 
-def test_what_attention_does_not_compute_is_refused():
-    model = seeded(llama)
-    with packed_attention(model), pytest.raises(ValueError, match="LlamaAttention needs softcap"):
-        model(
-            input_ids=torch.ones(1, 3, dtype=torch.long),
-            packing=pack(*(torch.ones(1, 3, dtype=torch.long),) * 3),
-            softcap=3.0,
-        )
+def doge():
+    """Every layer makes a mask of its own, of numbers."""
+    return spread(DogeForCausalLM(DogeConfig(**SIZE)))
+
+
+def mixing():
+    """A Llama in which tokens meet outside attention, as in a convolution: its configuration does not say so."""
+    model = llama()
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda _, arguments: arguments[0] + arguments[0].roll(1, 1))
+    return spread(model)
+
+
+def looking_ahead():
+    """An encoder: a token sees those after it, too."""
+    return spread(BertLMHeadModel(BertConfig(**SIZE, hidden_dropout_prob=0, attention_probs_dropout_prob=0)))
+
+
+APART = r"its log-probs come out \d\S* apart"
+FAILS = r"packed, it fails \(It asks for a mask that packed attention does not compute\.\)"
+
+
+@pytest.mark.parametrize(("build", "why"), [(doge, FAILS), (mixing, APART), (looking_ahead, FAILS)])
+def test_a_model_that_comes_out_otherwise_when_packed_is_padded(build, why, capsys):
+    model = seeded(build).train()
+    assert can_pack(model)  # for all that its configuration says
+    expected = naive(model, *twins())
+    with packed_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+        assert model.training
+        torch.testing.assert_close(token_logprobs(model, *twins(), twins=True), expected, **EXACT)
+    told = capsys.readouterr().err
+    assert re.fullmatch(f"{type(model).__name__} cannot be packed, and is computed with padding: .*{why}.*\n", told)
+
+
+def test_under_autocast_packing_changes_less_than_bfloat16_does():
+    model = seeded(lambda: spread(llama()))
+    exact = naive(model, *twins())
+    exact_gradients = gradients(model, weighted(exact))
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = token_logprobs(model, *twins())
+        with packed_attention(model):
+            packed = token_logprobs(model, *twins(), twins=True)
+            found = gradients(model, weighted(packed))
+    wanted = gradients(model, weighted(padded))
+    rounding = (padded - exact).abs().max().item()
+    assert 0.01 < rounding < 0.2  # so that the bound says something
+    torch.testing.assert_close(packed, padded, atol=rounding, rtol=0)
+    assert distance(found, wanted) < distance(wanted, exact_gradients) / 2
+
+
+def distance(first, second):
+    return math.sqrt(sum(float((first[name] - second[name]).pow(2).sum()) for name in first))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"softcap": 3.0}, "LlamaAttention needs softcap"),
+        ({"attention_mask": torch.zeros(1, 1, MULTIPLE, MULTIPLE)}, "LlamaAttention makes a mask of its own"),
+    ],
+)
+def test_what_attention_does_not_compute_is_refused(arguments, complaint):
+    model, ids = seeded(llama), torch.ones(1, 3, dtype=torch.long)
+    with packed_attention(model), pytest.raises(ValueError, match=complaint):
+        model(**pack(ids, ids, ids).arguments() | arguments)

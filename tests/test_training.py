@@ -489,7 +489,7 @@ def test_weights_that_are_shared_out_train_resume_and_are_saved_whole(sharing, t
             saved, expected = (AutoModelForCausalLM.from_pretrained(run / "policy") for run in (folder, alone))
             assert type(saved) is LlamaForCausalLM
             # AdamW's first steps go by signs alone: where a gradient is next to 0, its last bits move the weight.
-            assert distance(saved, expected) < (0.1 if bf16 else 0.002) * distance(tiny_model(), expected)
+            assert distance(saved, expected) < (0.1 if bf16 else 0.005) * distance(tiny_model(), expected)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
