@@ -109,6 +109,10 @@ def test_the_run_ends_in_a_table_a_csv_and_a_page(finished):
         "success_se",
         "steps",
         "invalid_rate",
+        "steps_se",
+        "invalid_rate_se",
+        "steps_to_success",
+        "steps_to_success_se",
     ]
     assert list(table[0]) == columns
     assert {(row["method"], row["split"]) for row in table} == {

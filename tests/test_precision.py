@@ -62,6 +62,7 @@ def made(folder, **facts):
 
 def test_half_played_episodes_go_on_in_their_precision_alone(tmp_path, monkeypatch):
     """Whatever the engine's is: this machine's, or its servers'."""
+    monkeypatch.chdir(tmp_path)
     (made(tmp_path / "sft") / "policy").mkdir()
     (tmp_path / "sft/policy/config.json").write_text("{}")
     (job,) = jobs.evaluation(arms.of(load("tiny", ["evaluate.splits=seen"]))[0], "webshop", 0)
