@@ -2,7 +2,7 @@ from collections import Counter
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import pairs as pairs_stage
@@ -315,7 +315,6 @@ RULES = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), ATTEMPT), max_size=8), RULES, st.integers(0, 3))
 def test_every_explored_trajectory_is_in_a_pair_or_counted(attempts, rules, seed):
     explored = [played(turns, sample=number, **fields) for number, (turns, fields) in enumerate(attempts)]
