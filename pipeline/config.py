@@ -17,6 +17,7 @@ from envs import ENVIRONMENTS, comma_list
 from envs.alfworld import Settings as AlfWorldSettings
 from envs.sciworld import Settings as ScienceWorldSettings
 from envs.webshop.settings import Settings as WebShopSettings
+from pipeline import inert
 from pipeline.engines import EngineSettings
 from pipeline.methods import Method
 
@@ -449,7 +450,7 @@ class Config(Section):
         if "method" not in own or len({method for one in recipes for method in one.method}) != 1:
             raise ValueError(f"arms.{arm}: an arm has one method, as in {{method: dmpo, train.beta: 0.5}}")
         for key in [*own, *(choices[0] if choices else ())]:
-            reasons = [_inert(key, one) for one in recipes[1:] or recipes]
+            reasons = [inert.reason(key, one) for one in recipes[1:] or recipes]
             if all(reasons):
                 raise ValueError(f"arms.{arm}: {key} has no effect: {reasons[0]}")
 
@@ -623,61 +624,17 @@ def _run_name(path: Path) -> str:
     return "-".join(inside.with_suffix("").parts)
 
 
-PREFERRING = {method for method in Method if method.discount is not None}
-USED_BY = {
-    "rollout": {*PREFERRING, Method.RFT},
-    **dict.fromkeys(
-        ("rollout.samples", "rollout.tasks", "rollout.undemonstrated"), {*PREFERRING, Method.RFT} - {Method.STEP}
-    ),
-    "pairs": PREFERRING,
-    "train": PREFERRING,
-    "train.gamma": {method for method in PREFERRING if method.discount and method.discount.uses_gamma},
-    **{method.value: {method} for method in (Method.RFT, Method.BON, Method.STEP)},
-}
-"""The methods that a section, or a key of it, is for; what is not here is for all of them."""
-
-
 def _inert_for_all(key: str, config: Config) -> str | None:
     """Why a key on the command line changes no policy of the run, if so; what a recipe holds is not judged."""
     plain: list[dict[str, Any]] = [{"method": method} for method in dict.fromkeys([Method.SFT, *config.method])]
     arms = [own | one for own, choices in map(choices_of, config.arms.values()) for one in choices or [{}]]
     reasons = [
-        "the arms have values of their own" if key in keys else _inert(key, config.differing(keys))
+        "the arms have values of their own" if key in keys else inert.reason(key, config.differing(keys))
         for keys in [*plain, *arms]
     ]
     if key == "method" or not all(reasons):
         return None
     return "; ".join(dict.fromkeys(filter(None, reasons[1:] or reasons)))  # the first is policy 0's
-
-
-def _inert(key: str, config: Config) -> str | None:
-    """Why a key changes nothing in a recipe of one method, if so."""
-    (method,) = config.method
-    section, _, name = key.partition(".")
-    if key == "evaluate.env":
-        return next(filter(None, (_inert(f"env.{one}", config) for one in config.evaluate.env)), None)
-    if method not in USED_BY.get(key, USED_BY.get(section, set(Method))):
-        return f"method={method} makes no use of it"
-    if method == Method.STEP and section == "pairs" and not config.step.with_trajectories:
-        return "method=step makes no use of it without step.with_trajectories"
-    if method == Method.RFT and section == "rollout" and config.rft.min_reward is None:
-        return "rft.min_reward is empty, so nothing that was explored is learned from"
-    if key == "train.reference" and config.train.rounds == 1 and method != Method.ETO:
-        return "train.rounds is 1"
-    of_env = name.partition(".")[0] if section == "env" else ""
-    if of_env in ENVIRONMENTS and of_env not in config.env.names:
-        return f"the run plays {', '.join(config.env.names)}"
-    if name == "epochs" and (steps := getattr(config, section).max_steps) is not None:
-        return f"{section}.max_steps={steps} decides; set that to nothing ({section}.max_steps=)"
-    if key == "model.lora_alpha" and not config.model.lora_rank:
-        return "model.lora_rank is 0"
-    if key == "env.alfworld.expert" and config.experts.source is not None:
-        return "the experts come from experts.source"
-    if key in ("pairs.corruption", "pairs.corrupted_actions") and not config.pairs.corrupted:
-        return "pairs.corrupted is 0"
-    if key == "pairs.min_gap" and config.pairs.reward == "success":
-        return "pairs.reward=success knows 0 and 1 alone"
-    return None
 
 
 def beside(file: Path) -> Config:

@@ -76,11 +76,11 @@ def content(
         }
         group = {"env": env, "seed": seed, "policy": PAIRS, "split": "train"}
         count = _counter(config, env, seed) if per_token else _uncounted
-        add(group, found, lambda one, known=known, count=count: _pair_sides(one, known, count))  # type: ignore[misc]
+        add(group, found, functools.partial(_pair_sides, known=known, count=count))
     for (env, seed, policy, split), played in episodes.items():
         group = {"env": env, "seed": seed, "policy": policy, "split": split}
         count = _counter(config, env, seed) if per_token else _uncounted
-        add(group, played, lambda one, count=count: [_side(one, one.policy, count)])  # type: ignore[misc]
+        add(group, played, functools.partial(_episode_sides, count=count))
     lengths = sorted({len(side["turns"]) for item in items for side in item["sides"]} - {0})
     found_weightings = weightings(config)
     tables = {one["table"]: (one["discount"], one["gamma"]) for one in found_weightings}
@@ -145,6 +145,11 @@ def _side(trajectory: Trajectory, title: str, count: Count) -> Json:
         "tokens": count(trajectory.prompt, trajectory.completion, ids),
         "turns": [[turn.text, turn.observation, turn.reward, turn.valid] for turn in trajectory.turns],
     }
+
+
+def _episode_sides(trajectory: Trajectory, count: Count) -> list[Json]:
+    """The one side of an episode, under its policy's name."""
+    return [_side(trajectory, trajectory.policy, count)]
 
 
 def _pair_sides(pair: Pair, known: Mapping[tuple[str, str], Trajectory], count: Count) -> list[Json]:
