@@ -45,6 +45,8 @@ Tables = dict[str, list[Row]]
 Told = Callable[[Row], str]
 Groups = Mapping[str, list[str]]
 """Policies by the one that they are compared with."""
+Compared = tuple[Groups, Groups, list[tuple[str, str]]]
+"""What was trained and what was not, each by its SFT policy, and the recipe's further comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +142,7 @@ def write(config: Config, stages: Sequence[Done]) -> Tables:
     evaluated = [one for (*_, split), episodes in played.items() if split != "train" for one in episodes]
     if not evaluated:
         raise ValueError("There is nothing to report: no task of any split in evaluate.splits was played.")
-    tables = write_tables(config.folder, statistics.episode_table(evaluated), *_compared(config))
+    tables = write_tables(config.folder, statistics.episode_table(evaluated), *compared(config))
     drawn: dict[str, str] = {}
     axis = axes.axis([arm for arm in every if arm.name in config.arms])
     for env in config.env.names:
@@ -216,7 +218,7 @@ def _groups(methods: Groups) -> list[tuple[list[str], str]]:
     return [(group, baseline) for baseline, group in methods.items() if group]
 
 
-def _compared(config: Config) -> tuple[Groups, Groups, list[tuple[str, str]]]:
+def compared(config: Config) -> Compared:
     """What `write_tables` compares: chance is a bound, and best of n, which the reward itself chooses."""
     every = arms.of(config)
     trained: dict[str, list[str]] = {}

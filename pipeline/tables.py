@@ -4,24 +4,29 @@ python -m pipeline tables main-0 main-1 --to runs/main-both
 
 A run is a folder, a name under runs/, or a file episodes.csv alone, a hundred kilobytes that travel where a whole run
 does not. Writes episodes.csv, rewards.csv, rewards_by_kind.csv, differences.csv and the figure of rewards, and prints
-the tables that `report` prints. Runs of one machine are better put together by `reuse=`, which checks every stage.
+the tables that `report` prints. With a run's config.yaml beside its episodes the comparisons are its recipe's, else, or
+with --baseline, those of every policy with one. Runs of one machine are better put together by `reuse=`, which checks
+every stage.
 """
 
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pipeline.compare import differing
+from pipeline.config import Config
 from pipeline.records import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OWN = ("run", "reuse", "seed")
+    from pipeline.report import Compared
+
+OWN = ("run", "reuse", "seed", "env.names")
 """What the recipes of runs differ in that belong together."""
 
 
@@ -29,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the tool's arguments."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, its name under runs/, or episodes.csv")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the tables are written")
-    parser.add_argument("--baseline", default="sft", metavar="POLICY", help="whom the others are compared with (sft)")
+    parser.add_argument("--baseline", metavar="POLICY", help="whom all others are compared with")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -43,15 +48,14 @@ def main(options: argparse.Namespace) -> int:
     from pipeline import figures, report, statistics
 
     files = [episodes_file(name) for name in options.runs]
-    same_recipe(files)
+    recipe = shared_recipe(files)
     episodes = statistics.episode_table(pd.concat(_of_new_seeds(files), ignore_index=True))
     policies = list(dict.fromkeys(episodes["method"]))
-    if options.baseline not in policies:
-        raise ValueError(f"No policy {options.baseline!r} was evaluated; these were: {', '.join(policies)}.")
-    others = [one for one in policies if one not in (options.baseline, "expert")]
-    bounds = [one for one in others if one in ("random", "bon")]
-    trained = [one for one in others if one not in bounds]
-    tables = report.write_tables(options.to, episodes, {options.baseline: trained}, {options.baseline: bounds})
+    if recipe is None or options.baseline is not None:
+        compared = with_baseline(options.baseline or "sft", policies)
+    else:
+        compared = report.compared(recipe)
+    tables = report.write_tables(options.to, episodes, *compared)
     learnt = [one for one in policies if one not in ("random", "sft", "expert")]
     for env in dict.fromkeys(episodes["env"]):
         rewards, by_seed = ([row for row in tables[name] if row["env"] == env] for name in ("rewards", "by_seed"))
@@ -75,20 +79,35 @@ def episodes_file(name: str) -> Path:
     raise ValueError(f"{name}: no episodes.csv there or in runs/{name}; the stage `evaluate` of a run writes it.")
 
 
-def same_recipe(files: Sequence[Path]) -> None:
-    """Refuse runs whose recipes differ in more than the seed, where a config.yaml lies beside their episodes.
+def shared_recipe(files: Sequence[Path]) -> Config | None:
+    """The recipe of runs, without what is each one's own; None where a config.yaml lies beside none of their episodes.
 
     Raises:
-        ValueError: two do; names the first key.
+        ValueError: two recipes differ in more than seed and environments; names the first key.
     """
-    recipes = {
-        file: {key: value for key, value in yaml.safe_load(recipe.read_text("utf-8")).items() if key not in OWN}
+    recipes: dict[Path, dict[str, Any]] = {
+        file: yaml.safe_load(recipe.read_text("utf-8"))
         for file in files
         if (recipe := file.with_name("config.yaml")).is_file()
     }
     for one, other in itertools.pairwise(recipes):
         for key, ours, theirs in differing(recipes[one], recipes[other]):
-            raise ValueError(f"{key} is {ours} in {one} and {theirs} in {other}: they are no seeds of one study.")
+            if key not in OWN:
+                raise ValueError(f"{key} is {ours} in {one} and {theirs} in {other}: they are no seeds of one study.")
+    return Config.model_validate(next(iter(recipes.values()))) if recipes else None
+
+
+def with_baseline(baseline: str, policies: Sequence[str]) -> "Compared":
+    """Every policy compared with one of them.
+
+    Raises:
+        ValueError: that one was not evaluated.
+    """
+    if baseline not in policies:
+        raise ValueError(f"No policy {baseline!r} was evaluated; these were: {', '.join(policies)}.")
+    others = [one for one in policies if one not in (baseline, "expert")]
+    bounds = [one for one in others if one in ("random", "bon")]
+    return {baseline: [one for one in others if one not in bounds]}, {baseline: bounds}, []
 
 
 def _of_new_seeds(files: Sequence[Path]) -> "Iterator[pd.DataFrame]":

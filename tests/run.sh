@@ -20,4 +20,7 @@ need chromium chromium
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two processes, file by file: an engine or a simulator that starts keeps one core busy. They share the machine's cores.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -158,6 +158,19 @@ class TestAnotherCheckpoint:
         assert [reply.logprobs for reply in again] == [reply.logprobs for reply in before]
         assert [reply.token_ids for reply in loaded] != [reply.token_ids for reply in before]
 
+    @pytest.mark.vllm
+    @pytest.mark.slow
+    async def test_vllm_does_in_bfloat16_too(self, policy, other):
+        """The weights are saved in float32 and rounded as they are loaded, the first time and again."""
+        settings = EngineSettings(kv_cache_gib=0.5, dtype="bfloat16")
+        with contextlib.closing(load_engine(settings, other, 2048, [END])) as engine:
+            fresh = await ask_all(engine, PROMPTS, GREEDY)
+        with contextlib.closing(load_engine(settings, policy, 2048, [END])) as engine:
+            engine.load(other, [END])
+            loaded = await ask_all(engine, PROMPTS, GREEDY)
+        assert [reply.token_ids for reply in loaded] == [reply.token_ids for reply in fresh]
+        assert [reply.logprobs for reply in loaded] == [reply.logprobs for reply in fresh]
+
     async def test_hf_too(self, policy, other, hf):
         before = await hf.generate(PROMPTS[0], GREEDY)
         hf.load(other, [END])

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,9 +20,9 @@ def _work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(seeds: list[int], name: str, gamma: float = 0.7) -> Path:
+def run(seeds: list[int], name: str, gamma: float = 0.7, **recipe: Any) -> Path:
     """An evaluated run, with what the stage `evaluate` writes."""
-    config = make_run(methods=["dmpo", "dpo"], seeds=seeds, tasks=TASKS, name=name, gamma=gamma)
+    config = make_run(methods=["dmpo", "dpo"], seeds=seeds, tasks=TASKS, name=name, gamma=gamma, **recipe)
     played = sorted(config.folder.glob("*/seed*/evaluate/*/*/episodes.jsonl"))
     episodes = statistics.episode_table(one for path in played for one in read_jsonl(path, Trajectory))
     report.write_rewards(config.folder, episodes)
@@ -50,6 +51,24 @@ def test_seeds_that_were_run_apart_give_the_tables_of_one_run(capsys):
         ours, theirs = (rows_of(folder / name) for folder in (Path("both"), whole))
         assert sorted(map(str, ours)) == sorted(map(str, theirs)), name
     assert Path("both/figures/rewards-sciworld.svg").read_text().startswith("<?xml")
+
+
+def test_the_comparisons_are_those_of_the_recipe():
+    """What the report of one run compares and judges, the tool compares and judges."""
+    recipe = {
+        "arms": {"dmpo+nll": {"method": "dmpo", "train.nll": 0.3}},
+        "compare": [["dpo", "dmpo"], ["dpo", "dmpo+nll"]],
+    }
+    for seeds, name in (([0, 1], "whole"), ([0], "first"), ([1], "second")):
+        run(seeds, name, **recipe)
+    assert __main__.main(["report", "runs/whole/config.yaml"]) == 0
+    assert tables("first", "second", "--to", "both") == 0
+    ours, theirs = (rows_of(Path(folder) / "differences.csv") for folder in ("both", "runs/whole"))
+    assert sorted(map(str, ours)) == sorted(map(str, theirs))
+    contrasts = [(row["baseline"], row["method"]) for row in ours if row["split"] == "seen"]
+    assert contrasts[-3:] == [("dpo", "dmpo"), ("dpo", "dmpo+nll"), ("sft", "random")]
+    assert tables("first", "second", "--to", "with-dpo", "--baseline", "dpo") == 0
+    assert {row["baseline"] for row in rows_of(Path("with-dpo/differences.csv"))} == {"dpo"}
 
 
 def test_a_file_alone_is_enough(tmp_path):
