@@ -44,6 +44,8 @@ def reason(key: str, config: "Config") -> str | None:
         return "rft.min_reward is empty, so nothing that was explored is learned from"
     if key == "train.reference" and config.train.rounds == 1 and method != Method.ETO:
         return "train.rounds is 1"
+    if key == "train.rounds" and config.train.rounds == 1 and method == Method.ETO:
+        return "eto has at least two rounds"
     of_env = name.partition(".")[0] if section == "env" else ""
     if of_env in ENVIRONMENTS and of_env not in config.env.names:
         return f"the run plays {', '.join(config.env.names)}"

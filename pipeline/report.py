@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SOURCES = ("statistics.py", "figures.py", "viewer.py", "report.py", "report.html.jinja", "report.css", "report.js")
+WAITS = {
+    "engine_seconds": "the engine",
+    "env_seconds": "environments at work",
+    "queue_seconds": "an environment or a process that others kept busy",
+}
+"""What an episode spends its time waiting for, as manifests have it."""
 OUTPUTS = ("episodes.csv", "rewards.csv", "rewards_by_kind.csv", "differences.csv", "report.html")
 
 Row = dict[str, Any]
@@ -314,6 +320,7 @@ def page(config: Config, stages: Sequence[Done], tables: Tables, drawn: Mapping[
         packages=_packages(stages),
         stages=stages,
         left_out=left_out(stages),
+        waits=waits_told(stages),
         notes=[(one, note) for one in stages for note in notes(one.facts)],
         tables=tables,
         contrasts=labelled(tables["contrasts"]),
@@ -351,6 +358,19 @@ def left_out(stages: Iterable[Done]) -> list[tuple[Done, str, int]]:
         for reason, count in flat({key: value for key, value in one.facts.items() if "drop" in key or "cut" in key})
         if isinstance(count, int) and count
     ]
+
+
+def waits_told(stages: Iterable[Done]) -> str:
+    """What the episodes of stages in which an engine played waited for, as a sentence; empty without such a stage."""
+    played = [one.facts for one in stages if "prefix_cache_hit_rate" in one.facts]
+    if not (total := sum(facts.get(key, 0) for facts in played for key in WAITS)):
+        return ""
+    shares = (f"{what} {sum(facts.get(key, 0) for facts in played) / total:.0%}" for key, what in WAITS.items())
+    hits = [facts["prefix_cache_hit_rate"] for facts in played]
+    return (
+        f"What the policies' episodes waited for: {', '.join(shares)}. The prefix cache held {min(hits):.0%} to "
+        f"{max(hits):.0%} of a stage's prompt tokens."
+    )
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:

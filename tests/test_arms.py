@@ -184,6 +184,7 @@ def test_an_arm_that_cannot_be_is_one_sentence(tmp_path, named, complaint):
         ({"method": "sft", "bon.samples": 3}, "bon.samples has no effect: method=sft makes no use of it"),
         ({"method": "step", "pairs.corrupted": 0.5}, "makes no use of it without step.with_trajectories"),
         ({"method": "dmpo", "train.reference": "kept"}, "train.reference has no effect: train.rounds is 1"),
+        ({"method": "eto", "train.rounds": 1}, "train.rounds has no effect: eto has at least two rounds"),
         ({"method": "dmpo", "train.epochs": 2, "train.max_steps": 9}, "train.epochs has no effect: train.max_steps=9"),
         ({"method": "dmpo", "pairs.corruption": "random"}, "pairs.corruption has no effect: pairs.corrupted is 0"),
         ({"method": "dmpo", "env.webshop.products": 200}, "env.webshop.products has no effect: the run plays sciworld"),

@@ -246,6 +246,22 @@ def test_facts_of_drops_and_notes_are_found(small: Config):
     assert report.notes({"deviations": "one sentence"}) == ["one sentence"]
 
 
+def test_what_episodes_waited_for_is_told_over_all_stages():
+    def stage(name: str, **facts: float) -> report.Done:
+        return report.Done(env="webshop", seed=0, name=name, folder=Path(name), manifest={"facts": facts})
+
+    stages = [
+        stage("experts", env_seconds=5.0, queue_seconds=900.0),
+        stage("rollout", engine_seconds=50, env_seconds=10, queue_seconds=0, prefix_cache_hit_rate=0.9),
+        stage("evaluate/sft/seen", engine_seconds=30, env_seconds=5, queue_seconds=5, prefix_cache_hit_rate=0.75),
+    ]
+    assert report.waits_told(stages) == (
+        "What the policies' episodes waited for: the engine 80%, environments at work 15%, an environment or a process "
+        "that others kept busy 5%. The prefix cache held 75% to 90% of a stage's prompt tokens."
+    )
+    assert report.waits_told(stages[:1]) == ""
+
+
 def test_the_sample_shows_all_policies_on_the_same_tasks_and_every_kind():
     sft = [play("sft", "seen", 0, task) for task in range(40)]
     dmpo = [play("dmpo", "seen", 1, task) for task in reversed(range(40))]
