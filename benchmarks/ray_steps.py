@@ -19,7 +19,7 @@ from typing import Any
 
 import envs
 from envs.pool import EnvPool, Session
-from pipeline import config, jobs
+from pipeline import jobs, recipe
 
 CALLS = 200
 """Calls of each task in the row `no work`."""
@@ -49,7 +49,7 @@ def main() -> None:
 async def _compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one environment."""
     size = [f"workers.processes={args.workers}", f"workers.slots={args.slots}"]
-    local, ray = (config.load("tiny", [f"env={name}", f"workers={backend}", *size]) for backend in ("local", "ray"))
+    local, ray = (recipe.load("tiny", [f"env={name}", f"workers={backend}", *size]) for backend in ("local", "ray"))
     env = envs.load(name)
     async with jobs.open_pool(local, env) as here, jobs.open_pool(ray, env) as there:
         async with here.session() as session:

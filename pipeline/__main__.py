@@ -5,8 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pipeline import config as configuration
-from pipeline import dry_run, runs
+from pipeline import dry_run, recipe, runs
+from pipeline.config import Config, describe
 
 STAGES = {
     "experts": "expert trajectories, from the environment itself or from a file",
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"pipeline.{options.command}")
         if options.command in TOOLS:
             return int(module.main(options) or 0)
-        config = configuration.load(options.recipe, options.overrides)
+        config = recipe.load(options.recipe, options.overrides)
         if options.dry_run:
             dry_run.main(config, options.gpus, options.gpu)
             return 0
@@ -91,7 +91,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _keys(stage: str) -> str:
     """Every key of a recipe with its meaning and default, the stage's own section first."""
-    rows = sorted(configuration.describe(configuration.Config), key=lambda row: not row[0].startswith(stage + "."))
+    rows = sorted(describe(Config), key=lambda row: not row[0].startswith(stage + "."))
     return "keys (key = default: meaning)\n" + "\n".join(
         f"  {name} = {default or 'null'}\n      {meaning}" for name, default, meaning in rows
     )

@@ -1,4 +1,4 @@
-"""What a run is made of: one recipe (a YAML file) plus `key=value` overrides, checked before anything starts.
+"""What a run is made of, checked before anything starts; `pipeline.recipe` reads it from a file and the command line.
 
 Every key is a field below with a default and a docstring; `--help` prints them, and a key that is not here is refused.
 """
@@ -6,7 +6,7 @@ Every key is a field below with a default and a docstring; `--help` prints them,
 import difflib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,6 @@ from envs.webshop.settings import Settings as WebShopSettings
 from pipeline import inert
 from pipeline.engines import EngineSettings
 from pipeline.methods import Method
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -446,7 +444,7 @@ class Config(Section):
             recipes = [self.differing(own | one) for one in [{}, *choices]]
             recipes[0].when_evaluated  # noqa: B018
         except ValidationError as error:
-            raise ValueError(_explain(error, f"arms.{arm}").removesuffix(".")) from None
+            raise ValueError(explain(error, f"arms.{arm}").removesuffix(".")) from None
         if "method" not in own or len({method for one in recipes for method in one.method}) != 1:
             raise ValueError(f"arms.{arm}: an arm has one method, as in {{method: dmpo, train.beta: 0.5}}")
         for key in [*own, *(choices[0] if choices else ())]:
@@ -477,7 +475,7 @@ class Config(Section):
         """
         tree = self.model_dump(mode="json") | {"arms": {}, "compare": []}
         for key, value in keys.items():
-            _put(tree, key, value)
+            put(tree, key, value)
         return Config.model_validate(tree)
 
     @property
@@ -513,8 +511,12 @@ SHARED = ("run", "reuse", "seed", "arms", "compare", "workers")
 """Keys that no arm can have for itself."""
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Put the value of `a.b.c` into nested dicts."""
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Put the value of `a.b.c` into nested dicts.
+
+    Raises:
+        ValueError: `a` or `a.b` is there, and no dict.
+    """
     path = [key, SHORT[key]] if key in SHORT else key.split(".")
     for part in path[:-1]:
         tree = tree.setdefault(part, {})
@@ -523,18 +525,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Put `a.b.c=value` into nested dicts; the value is YAML."""
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise ValueError(f"{override!r} is no override; write key=value, as in seed=1.")
-    try:
-        _put(tree, key, yaml.safe_load(text) if text else None)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is no YAML ({str(error).splitlines()[0]}).") from None
-
-
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str) -> str:
     """The first complaint of a validation as one sentence."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -545,104 +536,6 @@ def _explain(error: ValidationError, source: str) -> str:
         return f"{source}: {key}: {message} (given: {first['input']!r})."
     near = difflib.get_close_matches(key, [name for name, _, _ in describe(Config)], n=1, cutoff=0.5)
     return f"{source}: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} --help lists every key."
-
-
-def _read(recipe: str) -> tuple[Path, dict[str, Any]]:
-    """A recipe's file and its keys, those of the recipe that it names as its `base` beneath them.
-
-    Raises:
-        ValueError: no such recipe, no YAML, or a recipe that is its own base.
-    """
-    path, tree = _read_one(recipe)
-    read = [path]
-    while (base := tree.pop("base", None)) is not None:
-        below, beneath = _read_one(str(base))
-        if below in read:
-            raise ValueError(f"{path}: its base {base!r} leads back to it.")
-        read.append(below)
-        tree = _merged(beneath, tree)
-    return path, tree
-
-
-def _read_one(recipe: str) -> tuple[Path, dict[str, Any]]:
-    path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        path = Path(recipe)
-    if not path.is_file() or path.suffix not in (".yaml", ".yml"):
-        known = ", ".join(sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")))
-        raise ValueError(f"No recipe {recipe!r}: it is neither a YAML file nor one of {known}.")
-    try:
-        tree = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values.")
-    for section, key in SHORT.items():
-        if isinstance(tree.get(section), str | list):
-            tree[section] = {key: tree[section]}
-    return path, tree
-
-
-def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested keys of two recipes, the second's where both have one; its arms stand alone, and so what compares them."""
-    merged = {key: value for key, value in beneath.items() if not (key == "compare" and "arms" in above)}
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(beneath.get(key), dict) and key != "arms"
-        merged[key] = _merged(beneath[key], value) if both else value
-    return merged
-
-
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply overrides.
-
-    Args:
-        recipe: a name in `pipeline/recipes`, or the path of a YAML file. Its key `base` may name another recipe, whose
-            keys hold where it says nothing.
-        overrides: `key=value` strings, later ones win.
-
-    Raises:
-        ValueError: no such recipe, or a key or value that a run cannot have; one sentence.
-    """
-    path, tree = _read(recipe)
-    for override in overrides:
-        _set(tree, override)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(_explain(error, str(path) + (" with " + " ".join(overrides) if overrides else ""))) from None
-    if config.env.others:
-        raise ValueError(f"{path}: env.others is for arms, as in {{method: sft, env.others: true}}.")
-    for override in overrides:
-        if reason := _inert_for_all(override.partition("=")[0], config):
-            raise ValueError(f"{override!r} has no effect: {reason}.")
-    return config if config.run else config.model_copy(update={"run": _run_name(path)})
-
-
-def _run_name(path: Path) -> str:
-    """A run's name where the recipe gives none: `study/beta.yaml` is played in runs/study-beta."""
-    inside = path.relative_to(RECIPES) if path.is_relative_to(RECIPES) else Path(path.name)
-    return "-".join(inside.with_suffix("").parts)
-
-
-def _inert_for_all(key: str, config: Config) -> str | None:
-    """Why a key on the command line changes no policy of the run, if so; what a recipe holds is not judged."""
-    plain: list[dict[str, Any]] = [{"method": method} for method in dict.fromkeys([Method.SFT, *config.method])]
-    arms = [own | one for own, choices in map(choices_of, config.arms.values()) for one in choices or [{}]]
-    reasons = [
-        "the arms have values of their own" if key in keys else inert.reason(key, config.differing(keys))
-        for keys in [*plain, *arms]
-    ]
-    if key == "method" or not all(reasons):
-        return None
-    return "; ".join(dict.fromkeys(filter(None, reasons[1:] or reasons)))  # the first is policy 0's
-
-
-def beside(file: Path) -> Config:
-    """The resolved recipe of the run that a file belongs to; the defaults where it belongs to none."""
-    for folder in file.resolve().parents:
-        if (recipe := folder / "config.yaml").is_file():
-            return load(str(recipe))
-    return Config()
 
 
 def describe(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import config as configuration
+from pipeline import recipe
 from pipeline.methods import Discount
 from pipeline.records import Message, Pair, Trajectory, recover_jsonl
 
@@ -79,7 +79,7 @@ def _coloured(
     from pipeline.rendering import Renderer, fit
 
     renderer = Renderer(AutoTokenizer.from_pretrained(options.tokenizer or _policy_beside(options.file)))
-    config = configuration.beside(options.file)
+    config = recipe.beside(options.file)
     rendered = fit(renderer.render(prompt, completion, token_ids), config.model.max_length)
     gamma = config.train.gamma if options.gamma is None else options.gamma
     weights = discount(options.method, torch.tensor([rendered.turns + rendered.dropped_turns]), gamma)[0]

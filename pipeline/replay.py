@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 import envs
 from envs.pool import EnvironmentFailure, EnvPool, Session
-from pipeline import config as configuration
-from pipeline import jobs
+from pipeline import jobs, recipe
 from pipeline.config import Config
 from pipeline.records import EpisodeStatus, Trajectory, recover_jsonl
 
@@ -39,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
     ]
     if not trajectories:
         raise ValueError(f"{options.file}: no episode{f' of {options.id}' if options.id else ''} to replay.")
-    differences = asyncio.run(_replay(configuration.beside(options.file), trajectories[: options.limit]))
+    differences = asyncio.run(_replay(recipe.beside(options.file), trajectories[: options.limit]))
     console = Console()
     for line in filter(None, differences):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

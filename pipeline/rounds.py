@@ -3,8 +3,7 @@
 import argparse
 import sys
 
-from pipeline import arms
-from pipeline import config as configuration
+from pipeline import arms, recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print the most rounds that an arm takes."""
-    config = configuration.load(options.recipe, options.overrides)
+    config = recipe.load(options.recipe, options.overrides)
     sys.stdout.write(f"{max(arm.rounds for arm in arms.of(config))}\n")

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import envs
-from pipeline import config as configuration
-from pipeline import jobs
+from pipeline import jobs, recipe
 from pipeline.config import Config
 
 
@@ -31,7 +30,7 @@ def main(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    config = configuration.load(options.recipe, options.overrides)
+    config = recipe.load(options.recipe, options.overrides)
     for env in config.env.names:
         lists = task_lists(config, env)
         shared = overlaps(lists)

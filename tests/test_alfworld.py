@@ -17,9 +17,10 @@ from envs.alfworld import AlfWorld, Settings, games
 from envs.alfworld.expert import UnwinnableError, privileged_plan, spoken
 from envs.alfworld.generator import TEST_ROOMS, UNSEEN_ROOMS, generate
 from envs.pool import EnvPool
-from pipeline.config import PlayConfig, load
+from pipeline.config import PlayConfig
 from pipeline.experts import keep_training_tasks, read_official
 from pipeline.play import Episode, play_episodes
+from pipeline.recipe import load
 from pipeline.records import EpisodeStatus, JsonlAppender, Trajectory, read_jsonl
 from tests.env_checker import check_env
 from tests.official_alfworld import SAMPLE, official_games, write_tree

@@ -4,8 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import arms, choose, fetch, jobs, runs
-from pipeline.config import RECIPES, Config, choices_of, load
+from pipeline.config import Config, choices_of
 from pipeline.methods import Discount, Method
+from pipeline.recipe import RECIPES, load
 from pipeline.records import write_jsonl
 from pipeline.train import successes
 from tests.synthetic_run import play

@@ -2,7 +2,8 @@ import pytest
 
 from pipeline import arms
 from pipeline.axes import axis
-from pipeline.config import Config, load
+from pipeline.config import Config
+from pipeline.recipe import load
 
 
 def of(recipe):

@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from pipeline.config import RECIPES, Config, describe, load
+from pipeline.config import Config, describe
+from pipeline.recipe import RECIPES, load
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from envs import alfworld, sciworld, webshop
 from pipeline import arms, dry_run, memory, models, runs, speed
-from pipeline.config import RECIPES, ModelConfig, load
+from pipeline.config import ModelConfig
 from pipeline.examples import pair_examples
+from pipeline.recipe import RECIPES, load
 from pipeline.records import write_jsonl
 from pipeline.rendering import Renderer
 from pipeline.runs import write_json

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from envs.sciworld import ScienceWorld
-from pipeline.config import Config, load
+from pipeline.config import Config
 from pipeline.experts import keep_training_tasks, main, read_official, solve
+from pipeline.recipe import load
 from tests.toy_env import Settings, ToyEnv
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import archives, config, download, fetch
+from pipeline import archives, download, fetch, recipe
 from tests.web_server import Site
 
 ROOT = Path(__file__).parent.parent
@@ -553,7 +553,7 @@ class TestAssets:
     def test_the_keys_that_it_names_read_the_files_that_it_fetches(self):
         for name, asset in fetch.load().items():
             env = name.partition("-")[0]
-            config.load("tiny", [f"env={env}", *asset.use.split()])
+            recipe.load("tiny", [f"env={env}", *asset.use.split()])
             named = Path(asset.use.split()[-1].partition("=")[2])
             for file in asset.files:
                 assert named in (file.place, file.place.parent, fetch.DATA / (file.into or "")), name

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import pairs as pairs_stage
-from pipeline.config import PairsConfig, load
+from pipeline.config import PairsConfig
 from pipeline.pairing import build, facts
 from pipeline.react import assistant, observation
+from pipeline.recipe import load
 from pipeline.records import EpisodeStatus, Turn
 from pipeline.runs import settings_of
 from tests.synthetic_run import make_run

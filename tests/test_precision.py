@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline import arms, jobs, precision, reference, runs, sft, train
-from pipeline.config import Config, load
+from pipeline.config import Config
 from pipeline.precision import multiplies_bf16, resolve
+from pipeline.recipe import load
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from envs import NoSolutionError
 from envs.actors import Actor, ActorLink
 from envs.pool import EnvironmentFailure, EnvironmentTimeout, EnvPool, MachineLost
 from pipeline import jobs
-from pipeline.config import Config, PlayConfig, load
+from pipeline.config import Config, PlayConfig
 from pipeline.play import Episode, RandomPlayer, play_episodes
+from pipeline.recipe import load
 from pipeline.records import MEASURED, JsonlAppender, Trajectory, read_jsonl
 from tests.planned import Planned
 from tests.test_pool import descendants, wait_gone

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.config import load
+from pipeline.recipe import load
 from pipeline.splits import counted, overlaps, task_lists
 
 SHOP = ["env=webshop", "env.webshop.products=100", "env.webshop.seen_goals=15", "env.webshop.unseen_goals=10"]

@@ -17,10 +17,11 @@ from envs.webshop.server import serving
 from envs.webshop.shop import open_shop
 from envs.webshop.tasks import check, content_id, split
 from envs.webshop.text import WebShopText
-from pipeline.config import PlayConfig, load
+from pipeline.config import PlayConfig
 from pipeline.experts import keep_training_tasks, read_official
 from pipeline.play import Episode, play_episodes
 from pipeline.react import action_of
+from pipeline.recipe import load
 from pipeline.records import EpisodeStatus, JsonlAppender, Trajectory, read_jsonl
 from tests.env_checker import check_env
 from tests.official_webshop import RECORDINGS, SEED, lines, recorded
