@@ -2,10 +2,10 @@
 
 The model's own forward runs, so every wrapper around it (DDP, FSDP, DeepSpeed, PEFT, gradient checkpointing, autocast)
 does its work. Only the output layer behaves otherwise for that one call: it takes the hidden states that stand before a
-token of the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. A chunk's
-logits are not kept for the backward pass but computed again. What leaves the model as `logits` are the log-probs, so
-that wrappers which watch a model's outputs (DDP looking for unused parameters, FSDP and DeepSpeed hooking the backward
-pass) see them.
+token of the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. Logits are
+kept for the backward pass while they are few, in the precision that they come in; those of further chunks are computed
+again. What leaves the model as `logits` are the log-probs, so that wrappers which watch a model's outputs (DDP looking
+for unused parameters, FSDP and DeepSpeed hooking the backward pass) see them.
 
 Models that change their logits after the output layer (Gemma's soft cap, Cohere's and Granite's scales) get the same
 change inside the chunks. That it is the same is checked in every call, on a few numbers: a model which does anything
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +31,9 @@ from pipeline import packing
 
 CHUNK = 1024
 """Most positions that meet the output layer at once, where nothing else is asked for."""
+KEPT = 2**27
+"""Most logits that are kept for the backward pass: 256 MiB in bfloat16. With Llama 2's vocabulary those of 4,194
+positions, which is more than most trajectories have of the policy's."""
 
 
 def token_logprobs(
@@ -126,6 +130,23 @@ def sum_turns(logprobs: Tensor, turn_index: Tensor) -> Tensor:
     return (logprobs[:, None, :] * of_turn).sum(dim=2)
 
 
+class _LogProbs(torch.autograd.Function):
+    """The log-softmax of logits [n, V] at targets [n], in float32; of what is [n, V], the logits alone are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        return F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        found = F.softmax(logits, dim=-1, dtype=torch.float32)
+        found[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return found.mul_(-gradient[:, None]).to(logits.dtype), None
+
+
 @contextlib.contextmanager
 def _reduced_output(
     causal_lm: PreTrainedModel, shape: torch.Size, before: Tensor, targets: Tensor, chunk: int
@@ -145,8 +166,14 @@ def _reduced_output(
     reduced: list[Tensor] = []
 
     def chunk_logprobs(hidden: Tensor, chunk_targets: Tensor) -> Tensor:
-        logits = change(head_forward(hidden).float())
-        return -F.cross_entropy(logits, chunk_targets, reduction="none")
+        found: Tensor = _LogProbs.apply(change(head_forward(hidden)), chunk_targets)  # type: ignore[no-untyped-call]
+        return found
+
+    def piece_logprobs(number: int, hidden: Tensor, chunk_targets: Tensor) -> Tensor:
+        if (number + 1) * chunk * causal_lm.config.get_text_config().vocab_size <= KEPT:
+            return chunk_logprobs(hidden, chunk_targets)
+        again: Tensor = checkpoint(chunk_logprobs, hidden, chunk_targets, use_reentrant=False)
+        return again
 
     def reduced_forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != shape:
@@ -156,8 +183,8 @@ def _reduced_output(
             )
         chosen = hidden.flatten(0, 1)[before]
         pieces = [
-            checkpoint(chunk_logprobs, *piece, use_reentrant=False)
-            for piece in zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True)
+            piece_logprobs(number, *piece)
+            for number, piece in enumerate(zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True))
         ]
         # FSDP warns of views: hence cat of what has three dimensions already, and clone below.
         pieces.append(torch.tensor(_PROBE, device=hidden.device))
@@ -218,9 +245,9 @@ def _change_of_logits(config: Any) -> Callable[[Tensor], Tensor]:
 
     def change(logits: Tensor) -> Tensor:
         if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+            logits = torch.tanh(logits.float() / cap) * cap
         if scale is not None:
-            logits = logits * scale
-        return logits / divisor if divisor is not None else logits
+            logits = logits.float() * scale
+        return logits.float() / divisor if divisor is not None else logits
 
     return change

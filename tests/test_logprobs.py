@@ -22,6 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline import logprobs
 from pipeline.logprobs import sum_turns, token_logprobs, turn_logprobs
 
 V = 61
@@ -189,18 +190,44 @@ def test_logits_exist_a_chunk_at_a_time(train):
     assert max(shapes.logit_rows) <= max(4, SIZE["hidden_size"])  # the layer's own weight is [V, H]
 
 
-def test_chunk_logits_are_not_kept_for_backward():
-    model = seeded(llama)
-    kept = []
+def kept_for_backward(model):
+    """The shapes of the logits that a forward pass keeps, those of chunks of 4 positions each once."""
+    kept = {}
 
     def keep(tensor):
-        kept.append(tuple(tensor.shape))
+        kept[tensor.data_ptr()] = tuple(tensor.shape)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_logprobs(model, *batch(), chunk=4)
+        found = token_logprobs(model, *batch(), chunk=4)
     assert kept
-    assert not [shape for shape in kept if shape[-1:] == (V,)]
+    del found
+    return [shape for shape in kept.values() if shape[-1:] == (V,) and shape[0] != SIZE["hidden_size"]]
+
+
+@pytest.mark.parametrize(("most", "chunks"), [(0, 0), (4 * V - 1, 0), (8 * V, 2), (2**27, 8)])
+def test_as_many_logits_are_kept_for_backward_as_is_said(most, chunks, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT", most)
+    assert len(kept_for_backward(seeded(llama))) == chunks
+    assert_full_logits_agree(seeded(llama), chunk=4)
+
+
+def test_logits_are_kept_in_the_precision_that_they_come_in():
+    model = seeded(llama)
+    precisions = set()
+
+    def keep(tensor):
+        if tensor.shape[-1:] == (V,) and tensor.shape[0] != SIZE["hidden_size"]:
+            precisions.add(tensor.dtype)
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        found = token_logprobs(model, *batch(), chunk=4)
+    assert found.dtype == torch.float32
+    assert precisions == {torch.bfloat16}
 
 
 def test_gradient_checkpointing_changes_nothing():
