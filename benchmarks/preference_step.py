@@ -15,8 +15,9 @@ other; DPO's loss, so that all compute the same. The first training of one step 
                 no gradient checkpointing
     official    as the DMPO and ETO scripts do: policy and reference forward in every step, chosen and rejected padded
                 to one length, log-softmax in float32 over the whole vocabulary at every position
-    floor       the matrix products and the attention of the step alone, forward and backward, on unpadded rows, the
-                output layer on the policy's tokens only; neither norms nor optimizer nor Python
+    floor       the matrix products and the attention of the step alone, forward and backward, on unpadded rows, what a
+                pair's sides begin with once in the products, the output layer on the policy's tokens only; neither
+                norms nor optimizer nor Python
 
 Speed is pairs per second of processor time, which other programs on the machine hardly move; with OMP_NUM_THREADS=1
 this is also the time on a machine of one's own. TRL trains on the environment's tokens too (its mask is prompt or
@@ -391,12 +392,16 @@ def official(case: Case) -> Measured:
 
 
 def floor(case: Case) -> Measured:
-    """The kernels of the step alone, on as many tokens as the pairs have, row by row; the best of three."""
+    """The kernels of the step alone, on as many tokens as the pairs have, row by row; the best of three.
+
+    What a pair's sides begin with passes through the layers once; attention alone goes over it in both.
+    """
     rows = [side for pair in make_pairs(case) for side in pair]
     hidden, width, heads = case.hidden, 3 * case.hidden, case.hidden // 64
     seconds = 0.0
     for batch in (rows[start : start + 2 * case.micro] for start in range(0, len(rows), 2 * case.micro)):
-        tokens = sum(len(row.ids) for row in batch)
+        shared = int(PROMPT * case.length) * (len(batch) // 2)
+        tokens = sum(len(row.ids) for row in batch) - shared
         trained = sum(row.trained_tokens for row in batch)
         seconds += case.layers * sum(
             count * _product(tokens, *shape)

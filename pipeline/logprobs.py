@@ -2,13 +2,13 @@
 
 The model's own forward runs, so every wrapper around it (DDP, FSDP, DeepSpeed, PEFT, gradient checkpointing, autocast)
 does its work. Only the output layer behaves otherwise for that one call: it takes the hidden states that stand before a
-token of the policy, in chunks, and reduces each chunk's logits to the log-probs of the tokens that follow. Logits are
-kept for the backward pass while they are few, in the precision that they come in; those of further chunks are computed
-again. What leaves the model as `logits` are the log-probs, so that wrappers which watch a model's outputs (DDP looking
+token of the policy, and reduces their logits to the log-probs of the tokens that follow. Logits are kept for the
+backward pass while they are few, in the precision that they come in; those of further positions are computed again, in
+chunks. What leaves the model as `logits` are the log-probs, so that wrappers which watch a model's outputs (DDP looking
 for unused parameters, FSDP and DeepSpeed hooking the backward pass) see them.
 
 Models that change their logits after the output layer (Gemma's soft cap, Cohere's and Granite's scales) get the same
-change inside the chunks. That it is the same is checked in every call, on a few numbers: a model which does anything
+change here, and keep none. That it is the same is checked in every call, on a few numbers: a model which does anything
 else to its logits is refused, never silently wrong.
 
 Shapes: B rows, L positions, T turns, n policy tokens of the batch, H hidden size, V vocabulary.
@@ -30,10 +30,17 @@ from transformers import PreTrainedModel
 from pipeline import packing
 
 CHUNK = 1024
-"""Most positions that meet the output layer at once, where nothing else is asked for."""
-KEPT = 2**27
-"""Most logits that are kept for the backward pass: 256 MiB in bfloat16. With Llama 2's vocabulary those of 4,194
-positions, which is more than most trajectories have of the policy's."""
+"""Most positions whose logits exist in float32 at once, and that meet the output layer at once beyond those kept."""
+KEPT = 2**26
+"""Most logits that are kept for the backward pass, 128 MiB in bfloat16, and their gradient is as large: with Llama 2's
+vocabulary those of 2,097 positions, which is more than most trajectories have of the policy's."""
+
+
+def kept_positions(config: Any) -> int:
+    """How many positions keep their logits, by the model's configuration; none where it changes logits afterwards."""
+    if any(change is not None for change in _changes_of_logits(config)):
+        return 0
+    return int(KEPT // config.get_text_config().vocab_size)
 
 
 def token_logprobs(
@@ -54,7 +61,7 @@ def token_logprobs(
         input_ids: [B, L], padded on either side.
         attention_mask: [B, L], 0 on padding.
         turn_index: [B, L], the policy's turn number, -1 on context and padding.
-        chunk: most positions that meet the output layer at once; the peak is [chunk, V] in float32.
+        chunk: most positions whose logits exist in float32 at once.
         twins: whether row B/2 + r may begin as row r does: chosen and rejected of a pair. What is alike is computed
             once, where rows are packed.
 
@@ -131,20 +138,34 @@ def sum_turns(logprobs: Tensor, turn_index: Tensor) -> Tensor:
 
 
 class _LogProbs(torch.autograd.Function):
-    """The log-softmax of logits [n, V] at targets [n], in float32; of what is [n, V], the logits alone are kept."""
+    """The log-softmax of logits [n, V] at targets [n], in float32; of what is [n, V], the logits alone are kept.
+
+    The logits are one product of the output layer: gradients of parts would be added up in the precision of autocast.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, chunk: int) -> Tensor:
         ctx.save_for_backward(logits, targets)
-        return F.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, targets[:, None])[:, 0]
+        ctx.chunk = chunk
+        pieces = zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True)
+        return torch.cat([_at(F.log_softmax(some, dim=-1, dtype=torch.float32), those) for some, those in pieces])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, targets = ctx.saved_tensors
-        found = F.softmax(logits, dim=-1, dtype=torch.float32)
-        found[torch.arange(len(targets), device=targets.device), targets] -= 1
-        return found.mul_(-gradient[:, None]).to(logits.dtype), None
+        found = torch.empty_like(logits)
+        parts = (torch.split(one, ctx.chunk) for one in (found, logits, targets, gradient))
+        for to, some, those, weight in zip(*parts, strict=True):
+            probabilities = F.softmax(some, dim=-1, dtype=torch.float32)
+            probabilities[torch.arange(len(those), device=those.device), those] -= 1
+            to.copy_(probabilities.mul_(-weight[:, None]))
+        return found, None, None
+
+
+def _at(values: Tensor, targets: Tensor) -> Tensor:
+    """Of each row of [n, V] the value at its target."""
+    return values.gather(-1, targets[:, None])[:, 0]
 
 
 @contextlib.contextmanager
@@ -158,22 +179,16 @@ def _reduced_output(
         shape: of the token ids that it will be called with.
         before: [n], in the flattened input the positions whose next token is a target.
         targets: [n] token ids.
-        chunk: positions at a time.
+        chunk: positions whose logits exist in float32 at a time.
     """
     head = _innermost(causal_lm.get_output_embeddings())
     head_forward = head.forward
-    change = _change_of_logits(causal_lm.config)
+    change, kept = _change_of_logits(causal_lm.config), kept_positions(causal_lm.config)
     reduced: list[Tensor] = []
 
-    def chunk_logprobs(hidden: Tensor, chunk_targets: Tensor) -> Tensor:
-        found: Tensor = _LogProbs.apply(change(head_forward(hidden)), chunk_targets)  # type: ignore[no-untyped-call]
+    def logprobs(hidden: Tensor, some: Tensor) -> Tensor:
+        found: Tensor = _LogProbs.apply(change(head_forward(hidden)), some, chunk)  # type: ignore[no-untyped-call]
         return found
-
-    def piece_logprobs(number: int, hidden: Tensor, chunk_targets: Tensor) -> Tensor:
-        if (number + 1) * chunk * causal_lm.config.get_text_config().vocab_size <= KEPT:
-            return chunk_logprobs(hidden, chunk_targets)
-        again: Tensor = checkpoint(chunk_logprobs, hidden, chunk_targets, use_reentrant=False)
-        return again
 
     def reduced_forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != shape:
@@ -182,10 +197,12 @@ def _reduced_output(
                 f"{tuple(shape)}: a model that is not known here."
             )
         chosen = hidden.flatten(0, 1)[before]
-        pieces = [
-            piece_logprobs(number, *piece)
-            for number, piece in enumerate(zip(torch.split(chosen, chunk), torch.split(targets, chunk), strict=True))
-        ]
+        pieces = [logprobs(chosen[:kept], targets[:kept])] if kept else []
+        if len(chosen) > kept or not kept:  # without a token of the policy one piece is there, too, and empty
+            pieces += [
+                checkpoint(logprobs, *piece, use_reentrant=False)
+                for piece in zip(torch.split(chosen[kept:], chunk), torch.split(targets[kept:], chunk), strict=True)
+            ]
         # FSDP warns of views: hence cat of what has three dimensions already, and clone below.
         pieces.append(torch.tensor(_PROBE, device=hidden.device))
         return torch.cat([piece[None, :, None] for piece in pieces], dim=1)
@@ -237,11 +254,18 @@ def _innermost(head: nn.Module) -> nn.Module:
     return head.module if isinstance(head, FullyShardedDataParallel) else head
 
 
+def _changes_of_logits(config: Any) -> tuple[float | None, float | None, float | None]:
+    """What the model does to its logits after the output layer: a soft cap, a factor and a divisor, None without."""
+    return (
+        getattr(config, "final_logit_softcapping", None),  # Gemma 2 and later
+        getattr(config, "logit_scale", None),  # Cohere
+        getattr(config, "logits_scaling", None),  # Granite
+    )
+
+
 def _change_of_logits(config: Any) -> Callable[[Tensor], Tensor]:
-    """What the model does to its logits after the output layer, known by the names in its configuration."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
+    """The same as a function, in float32 where it changes anything."""
+    cap, scale, divisor = _changes_of_logits(config)
 
     def change(logits: Tensor) -> Tensor:
         if cap is not None:

@@ -7,7 +7,7 @@ on fake tensors (shapes without contents), where everything that is kept for the
   precision (pipeline/models.py), or is held in 4 bits (pipeline/qlora.py).
 - Under autocast every float32 weight of a linear layer has a bfloat16 copy while the model computes.
 - With gradient checkpointing a layer's activations exist only while it is computed again, one layer at a time.
-- The output layer meets `CHUNK` positions at once and keeps `KEPT` logits at most (pipeline/logprobs.py).
+- The output layer has logits of `CHUNK` positions in float32 at once and keeps `KEPT` at most (pipeline/logprobs.py).
 
 Not counted: the libraries' own memory, fragmentation, and what single operations need in passing.
 tests/test_memory.py holds the numbers against real training steps.
@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline import qlora
 from pipeline.config import ModelConfig
-from pipeline.logprobs import CHUNK, KEPT
+from pipeline.logprobs import CHUNK, kept_positions
 from pipeline.models import add_lora
 from pipeline.packing import MULTIPLE, can_pack
 
@@ -76,8 +76,8 @@ class Kept:
     copies: int
     """Of weights in another precision, while they are there: with checkpointing in the forward pass alone."""
     output: int
-    """Logits that are kept, and of one chunk of positions what is made of them: at most 10 bytes a number, 8 in
-    float32."""
+    """Of the output layer: its weight in bfloat16, the logits that are kept and their gradient, and what is made of one
+    chunk's, at most 10 bytes a number, 8 in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +155,10 @@ def kept(model: Any, lengths: Sequence[int], *, rows: int = 1, bf16: bool = Fals
         whole = activations
         activations, _ = _saved(model, rows, length, bf16=bf16, checkpointing=True)
         again = round(PASSING * (whole - activations) / len(_layers(model)))
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    logits = rows * length * vocabulary
-    output = min(CHUNK * vocabulary, logits) * (10 if bf16 else 8) + min(KEPT, logits) * (2 if bf16 else 4)
+    head, positions, size = model.get_output_embeddings().weight, rows * length, 2 if bf16 else 4
+    copy_of_head = size * head.numel() if bf16 and head.dtype == torch.float32 else 0
+    logits = 2 * size * min(kept_positions(_base(model).config), positions) + (8 + 2 * bf16) * min(CHUNK, positions)
+    output = copy_of_head + logits * head.shape[0]
     return Kept(activations=activations, again=again, copies=copies, output=output)
 
 

@@ -67,10 +67,10 @@ def training_tokens_per_second(
         trained_share: the policy's share of the tokens.
         checkpointing: whether activations are computed again.
     """
-    passes = (3 if parameters.trained == parameters.total else 2) + checkpointing
-    layers: float = passes * 2 * parameters.used
+    products = 3 if parameters.trained == parameters.total else 2
+    layers: float = (products + checkpointing) * 2 * parameters.used
     attention: float = (3 + checkpointing) * 2 * length * _attention_width(sizes) * sizes.num_hidden_layers
-    output: float = 4 * 2 * parameters.head * trained_share
+    output: float = (products + 1) * 2 * parameters.head * trained_share  # at worst: few logits are not computed again
     return gpus * gpu.flops * MFU / (layers + attention + output)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import PartialState
@@ -15,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
-from pipeline import training
+from pipeline import logprobs, training
 from pipeline.config import ModelConfig
 from pipeline.models import add_lora, new_policy, save_policy
 from tests.training_worker import SIZES, TEXTS, prefer, tiny_model, train_preference, train_sft
@@ -73,6 +74,12 @@ def train_lora(folder: Path, **changes):
 KINDS = {"sft": train_sft, "preference": train_preference, "lora": train_lora}
 
 
+def recomputed(train: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Training that keeps nothing that it can compute again: neither layers' activations nor logits."""
+    with mock.patch.object(logprobs, "KEPT", 0):
+        return train(folder, micro_batch_size=2, save_steps=2, gradient_checkpointing=True)
+
+
 class KilledError(Exception):
     """Stands for a kill -9."""
 
@@ -96,7 +103,7 @@ def killed(train: Callable[..., Any], folder: Path) -> tuple[Any, dict[str, Any]
 
 RUNS = {
     "plain": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2),
-    "checkpointing": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2, gradient_checkpointing=True),
+    "checkpointing": recomputed,
     "bf16": lambda train, folder: train(folder, micro_batch_size=2, save_steps=2, bf16=True),
     "killed": killed,
 }

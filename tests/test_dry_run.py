@@ -211,12 +211,12 @@ def test_speed_is_the_formula_by_hand():
     full = memory.count(memory.build(sizes, ModelConfig()))
     adapted = memory.count(memory.build(sizes, ModelConfig(lora_rank=8)))
     how = {"length": 1000, "trained_share": 0.25}
-    attention, output = 3 * 2 * 1000 * 4096 * 32, 8 * 131_072_000 * 0.25
-    by_hand = 2 * 312e12 * speed.MFU / (6 * full.used + attention + output)
+    attention, head = 3 * 2 * 1000 * 4096 * 32, 2 * 131_072_000 * 0.25
+    by_hand = 2 * 312e12 * speed.MFU / (6 * full.used + attention + 4 * head)
     plain = speed.training_tokens_per_second(sizes, full, gpu, 2, checkpointing=False, **how)
     assert plain == pytest.approx(by_hand)
     lora = speed.training_tokens_per_second(sizes, adapted, gpu, 2, checkpointing=False, **how)
-    assert lora == pytest.approx(2 * 312e12 * speed.MFU / (4 * adapted.used + attention + output))
+    assert lora == pytest.approx(2 * 312e12 * speed.MFU / (4 * adapted.used + attention + 3 * head))
     assert speed.training_tokens_per_second(sizes, full, gpu, 2, checkpointing=True, **how) < plain
 
 

@@ -1,4 +1,5 @@
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -99,6 +100,13 @@ def weighted(logprobs):
     return (logprobs * torch.linspace(1, 2, logprobs.numel()).view_as(logprobs)).sum()
 
 
+@pytest.fixture(params=[0, 8 * V, logprobs.KEPT], ids=["none-kept", "some-kept", "all-kept"])
+def kept(request, monkeypatch):
+    """How many logits are kept for the backward pass."""
+    monkeypatch.setattr(logprobs, "KEPT", request.param)
+
+
+@pytest.mark.usefixtures("kept")
 def test_values_and_gradients_are_those_of_full_logits(model):
     assert_full_logits_agree(model, chunk=7)
 
@@ -162,74 +170,89 @@ def test_padding_and_batch_order_change_nothing(model):
 
 
 class Shapes(TorchDispatchMode):
-    """Records the largest tensor that any operation makes, and how many hold a vocabulary."""
+    """Records of every tensor with a vocabulary that an operation makes how many rows it has, by precision."""
 
     def __init__(self):
         super().__init__()
-        self.logit_rows = []
+        self.rows = defaultdict(list)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[-1] == V:
-                self.logit_rows.append(leaf.numel() // V)
+                self.rows[leaf.dtype].append(leaf.numel() // V)
         return output
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_logits_exist_a_chunk_at_a_time(train):
-    model = seeded(llama)
-    ids, mask, turns = batch()
-    with Shapes() as naive_shapes:
-        naive(model, ids, mask, turns)
-    assert max(naive_shapes.logit_rows) == 3 * 20
+def shapes_of(train):
+    """What is made by log-probs in chunks of 4 positions, and by their gradients."""
     with torch.set_grad_enabled(train), Shapes() as shapes:
-        logprobs = token_logprobs(model, ids, mask, turns, chunk=4)
+        found = token_logprobs(seeded(llama), *batch(), chunk=4)
         if train:
-            weighted(logprobs).backward()
-    assert max(shapes.logit_rows) <= max(4, SIZE["hidden_size"])  # the layer's own weight is [V, H]
+            weighted(found).backward()
+    return shapes.rows
 
 
-def kept_for_backward(model):
-    """The shapes of the logits that a forward pass keeps, those of chunks of 4 positions each once."""
+WEIGHT = SIZE["hidden_size"]  # rows of the output layer's own weight, [H, V] in a product
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_that_are_not_kept_exist_a_chunk_at_a_time(train, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT", 0)
+    with Shapes() as naive_shapes:
+        naive(seeded(llama), *batch())
+    assert max(naive_shapes.rows[torch.float32]) == 3 * 20
+    assert max(shapes_of(train)[torch.float32]) <= max(4, WEIGHT)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_that_are_kept_exist_in_float32_a_chunk_at_a_time(train):
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = shapes_of(train)
+    assert max(rows[torch.bfloat16]) == POLICY_TOKENS
+    assert max(rows[torch.float32]) <= max(4, WEIGHT)
+
+
+POLICY_TOKENS = int((batch()[2] >= 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"), [(0, 0), (V - 1, 0), (10 * V + 5, 10), (logprobs.KEPT, POLICY_TOKENS)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_as_many_logits_are_kept_for_backward_as_is_said(most, rows, dtype, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT", most)
     kept = {}
 
     def keep(tensor):
-        kept[tensor.data_ptr()] = tuple(tensor.shape)
+        if tensor.shape[-1:] == (V,) and tensor.shape[0] != WEIGHT:
+            kept[tensor.data_ptr()] = (len(tensor), tensor.dtype)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = token_logprobs(model, *batch(), chunk=4)
-    assert kept
-    del found
-    return [shape for shape in kept.values() if shape[-1:] == (V,) and shape[0] != SIZE["hidden_size"]]
-
-
-@pytest.mark.parametrize(("most", "chunks"), [(0, 0), (4 * V - 1, 0), (8 * V, 2), (2**27, 8)])
-def test_as_many_logits_are_kept_for_backward_as_is_said(most, chunks, monkeypatch):
-    monkeypatch.setattr(logprobs, "KEPT", most)
-    assert len(kept_for_backward(seeded(llama))) == chunks
-    assert_full_logits_agree(seeded(llama), chunk=4)
-
-
-def test_logits_are_kept_in_the_precision_that_they_come_in():
-    model = seeded(llama)
-    precisions = set()
-
-    def keep(tensor):
-        if tensor.shape[-1:] == (V,) and tensor.shape[0] != SIZE["hidden_size"]:
-            precisions.add(tensor.dtype)
-        return tensor
-
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        found = token_logprobs(model, *batch(), chunk=4)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), hooks:
+        found = token_logprobs(seeded(llama), *batch(), chunk=4)
     assert found.dtype == torch.float32
-    assert precisions == {torch.bfloat16}
+    assert list(kept.values()) == ([(rows, dtype)] if rows else [])
 
 
+@pytest.mark.usefixtures("kept")
+def test_gradients_in_autocast_are_as_exact_however_many_logits_are_kept():
+    """They are off by three hundredths of their size at most, in every weight."""
+    model = seeded(llama)
+    wanted = gradients(model, weighted(naive(model, *batch())))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_logprobs(model, *batch(), chunk=4)
+    for name, gradient in gradients(model, weighted(found)).items():
+        assert (gradient - wanted[name]).norm() < 0.03 * wanted[name].norm(), name
+
+
+def test_models_that_change_their_logits_keep_none():
+    for build, some in ((MODELS["llama"], True), (MODELS["gemma2-capped"], False), (MODELS["cohere-scaled"], False)):
+        assert bool(logprobs.kept_positions(build().config)) == some
+
+
+@pytest.mark.usefixtures("kept")
 def test_gradient_checkpointing_changes_nothing():
     model = seeded(llama).train()
     plain = token_logprobs(model, *batch(), chunk=4)
@@ -240,6 +263,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert_same_gradients(gradients(model, weighted(found)), wanted)
 
 
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_bfloat16_models_are_summed_in_float32(how):
     model = seeded(llama)
@@ -256,6 +280,7 @@ def test_bfloat16_models_are_summed_in_float32(how):
     assert_same_gradients(gradients(model, weighted(found)), wanted, atol=0.3, rtol=0.1)
 
 
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize(
     "lora",
     [
@@ -282,6 +307,7 @@ def test_lora(lora):
         torch.testing.assert_close(token_logprobs(model, *batch()), reference)
 
 
+@pytest.mark.usefixtures("kept")
 def test_a_batch_without_policy_tokens_has_zero_gradients_everywhere():
     """As on a rank whose rows are all context: its gradients must exist for the others to average with."""
     model = seeded(llama)
