@@ -368,8 +368,8 @@ def waits_told(stages: Iterable[Done]) -> str:
     shares = (f"{what} {sum(facts.get(key, 0) for facts in played) / total:.0%}" for key, what in WAITS.items())
     hits = [facts["prefix_cache_hit_rate"] for facts in played]
     return (
-        f"What the policies' episodes waited for: {', '.join(shares)}. The prefix cache held {min(hits):.0%} to "
-        f"{max(hits):.0%} of a stage's prompt tokens."
+        f"What the policies' episodes, many at once, waited for: {', '.join(shares)}. The prefix cache held "
+        f"{min(hits):.0%} to {max(hits):.0%} of a stage's prompt tokens."
     )
 
 

@@ -4,9 +4,9 @@ python -m pipeline tables main-0 main-1 --to runs/main-both
 
 A run is a folder, a name under runs/, or a file episodes.csv alone, a hundred kilobytes that travel where a whole run
 does not. Writes episodes.csv, rewards.csv, rewards_by_kind.csv, differences.csv and the figure of rewards, and prints
-the tables that `report` prints. With a run's config.yaml beside its episodes the comparisons are its recipe's, else, or
-with --baseline, those of every policy with one. Runs of one machine are better put together by `reuse=`, which checks
-every stage.
+the tables that `report` prints. With a config.yaml beside the episodes of each run the comparisons are its recipe's,
+else, or with --baseline, those of every policy with one. Runs of one machine are better put together by `reuse=`, which
+checks every stage.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipeline import recipe
 from pipeline.compare import differing
 from pipeline.config import Config
 from pipeline.records import atomic_write
@@ -48,13 +49,13 @@ def main(options: argparse.Namespace) -> int:
     from pipeline import figures, report, statistics
 
     files = [episodes_file(name) for name in options.runs]
-    recipe = shared_recipe(files)
+    config = shared_recipe(files)
     episodes = statistics.episode_table(pd.concat(_of_new_seeds(files), ignore_index=True))
     policies = list(dict.fromkeys(episodes["method"]))
-    if recipe is None or options.baseline is not None:
+    if config is None or options.baseline is not None:
         compared = with_baseline(options.baseline or "sft", policies)
     else:
-        compared = report.compared(recipe)
+        compared = report.compared(config)
     tables = report.write_tables(options.to, episodes, *compared)
     learnt = [one for one in policies if one not in ("random", "sft", "expert")]
     for env in dict.fromkeys(episodes["env"]):
@@ -80,21 +81,18 @@ def episodes_file(name: str) -> Path:
 
 
 def shared_recipe(files: Sequence[Path]) -> Config | None:
-    """The recipe of runs, without what is each one's own; None where a config.yaml lies beside none of their episodes.
+    """The recipe of runs; None where a config.yaml is missing beside some of their episodes.
 
     Raises:
-        ValueError: two recipes differ in more than seed and environments; names the first key.
+        ValueError: two recipes differ in more than seed and environments (names the first key), or one cannot be read.
     """
-    recipes: dict[Path, dict[str, Any]] = {
-        file: yaml.safe_load(recipe.read_text("utf-8"))
-        for file in files
-        if (recipe := file.with_name("config.yaml")).is_file()
-    }
-    for one, other in itertools.pairwise(recipes):
-        for key, ours, theirs in differing(recipes[one], recipes[other]):
+    recipes = [file.with_name("config.yaml") for file in files if file.with_name("config.yaml").is_file()]
+    trees: list[dict[str, Any]] = [yaml.safe_load(path.read_text("utf-8")) for path in recipes]
+    for (one, ours), (other, theirs) in itertools.pairwise(zip(recipes, trees, strict=True)):
+        for key, a, b in differing(ours, theirs):
             if key not in OWN:
-                raise ValueError(f"{key} is {ours} in {one} and {theirs} in {other}: they are no seeds of one study.")
-    return Config.model_validate(next(iter(recipes.values()))) if recipes else None
+                raise ValueError(f"{key} is {a} in {one} and {b} in {other}: they are no seeds of one study.")
+    return recipe.load(str(recipes[0])) if len(recipes) == len(files) else None
 
 
 def with_baseline(baseline: str, policies: Sequence[str]) -> "Compared":

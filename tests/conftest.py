@@ -1,13 +1,16 @@
-"""What holds for every test: no property is a matter of time, for machines are busy; the longest files come first."""
+"""What holds for every test: no property of Hypothesis has a deadline, for machines are busy; and the files' order."""
 
 from hypothesis import settings
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-LONGEST = ("test_methods", "test_pipeline")
+FIRST = ("test_methods", "test_pipeline")
+"""They take longest: so two processes, each of which takes file after file, end at about the same time."""
+LAST = ("test_engines",)
+"""vLLM in the tests' own process sets threads, generators and torch.distributed for all that follows."""
 
 
 def pytest_collection_modifyitems(items):
-    """Let two processes, each of which takes file after file, end at about the same time."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    """Put the files in their order."""
+    items.sort(key=lambda item: (item.path.stem not in FIRST, item.path.stem in LAST))

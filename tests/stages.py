@@ -12,9 +12,9 @@ SMOKE = Path(__file__).parent / "smoke.yaml"
 
 
 def start(folder, stage, *overrides):
-    """Start one stage in a work folder of its own."""
+    """Start one stage in a work folder of its own, with two threads, whose sums are not those of one."""
     command = [sys.executable, "-m", "pipeline", stage, str(SMOKE), *overrides]
-    environment = os.environ | {"TMPDIR": str(folder)}  # where the simulator is started
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "TMPDIR": str(folder)}  # where the simulator is started
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -225,9 +225,8 @@ class TestDownload:
     def test_nobody_listens(self, here, waits):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
-        with pytest.raises(ValueError, match=r"no connection, or it was cut .*refused.*5 times in a row"):
-            get(f"http://127.0.0.1:{port}/file")
+            with pytest.raises(ValueError, match=r"no connection, or it was cut .*refused.*5 times in a row"):
+                get(f"http://127.0.0.1:{unused.getsockname()[1]}/file")
 
     @pytest.mark.parametrize(
         ("kind", "before"), [("text/html; charset=utf-8", b"<!-- -->"), ("application/octet-stream", b"\n")]

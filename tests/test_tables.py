@@ -91,7 +91,7 @@ def test_every_episode_is_a_line():
     ("arguments", "sentence"),
     [
         (["first", "first/episodes.csv"], "both hold seed 0 of sciworld"),
-        (["first", "other"], "train.gamma is 0.7 in runs/first/episodes.csv and 0.3 in runs/other/episodes.csv"),
+        (["first", "other"], "train.gamma is 0.7 in runs/first/config.yaml and 0.3 in runs/other/config.yaml"),
         (["nowhere"], "no episodes.csv there or in runs/nowhere"),
         (["first/rewards.csv"], "has no column kind"),
         (["first", "--baseline", "eto"], "No policy 'eto' was evaluated"),
