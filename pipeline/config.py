@@ -34,6 +34,16 @@ def _known_environment(name: str) -> str:
     return name
 
 
+def _some_of_each(value: int | dict[str, int] | None) -> int | dict[str, int] | None:
+    numbers = value if isinstance(value, dict) else {} if value is None else {"": value}
+    for number in numbers.values():
+        if number < 1:
+            raise ValueError(f"a number of tasks must be at least 1, and {number} is not")
+    for name in numbers if isinstance(value, dict) else ():
+        _known_environment(name)
+    return value
+
+
 Seed = Annotated[int, Field(ge=0)]
 RunName = Annotated[str, BeforeValidator(str), Field(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$")]
 
@@ -143,8 +153,13 @@ class ExpertsConfig(Section):
     name, as in `data/{env}_sft.json`. Empty: the environment solves its own training tasks."""
     thoughts: bool = True
     """Whether the expert's replies say why (`Thought: ...`) before they act. Official data keeps what it has."""
-    tasks: int | None = Field(None, ge=1)
-    """Demonstrate only this many of the training tasks, spread evenly over their kinds. Empty: all."""
+    tasks: Annotated[int | dict[str, int] | None, AfterValidator(_some_of_each)] = None
+    """Demonstrate only this many of the training tasks, spread evenly over their kinds: one number, or one for each
+    environment, as `{webshop: 1000}`; of an environment that is not named, and if empty, all."""
+
+    def tasks_of(self, env: str) -> int | None:
+        """The most tasks of one environment, if there is a most."""
+        return self.tasks.get(env) if isinstance(self.tasks, dict) else self.tasks
 
     def source_of(self, env: str) -> Path | None:
         """The file of one environment, if there is any."""

@@ -98,7 +98,7 @@ async def solve(
         seed=seed,
         policy="expert",
         split="train",
-        limit=config.experts.tasks,
+        limit=config.experts.tasks_of(env.name),
     )
     async with jobs.open_pool(config, env) as pool:
         tasks = await jobs.chosen_tasks(job, pool, env, config.env.dev_tasks)
@@ -154,7 +154,7 @@ async def keep_training_tasks(
         kept = [one for one in published if one.id in kind_of]
         for one in kept:
             one.kind = kind_of[one.id]
-        wanted = set(jobs.spread([*kind_of], config.experts.tasks, kind_of.__getitem__))
+        wanted = set(jobs.spread([*kind_of], config.experts.tasks_of(env.name), kind_of.__getitem__))
         kept, beyond = [one for one in kept if one.id in wanted], len(kind_of) - len(wanted)
         differences = await replayed(pool, kept, published=True)
     others = [one.id for one in published if split_of.get(one.id) != "train"]

@@ -46,7 +46,7 @@ def reason(key: str, config: "Config") -> str | None:
         return "train.rounds is 1"
     if key == "train.rounds" and config.train.rounds == 1 and method == Method.ETO:
         return "eto has at least two rounds"
-    of_env = name.partition(".")[0] if section == "env" else ""
+    of_env = {"env": name.partition(".")[0], "experts": name.removeprefix("tasks.")}.get(section)
     if of_env in ENVIRONMENTS and of_env not in config.env.names:
         return f"the run plays {', '.join(config.env.names)}"
     if name == "epochs" and (steps := getattr(config, section).max_steps) is not None:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from envs import ENVIRONMENTS
 from envs.sciworld import ScienceWorld
 from pipeline.config import Config
 from pipeline.experts import keep_training_tasks, main, read_official, solve
@@ -142,8 +143,10 @@ async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):
     assert facts["replays_that_differ"] == []
 
 
-async def test_some_tasks_can_be_left_without_an_expert(tmp_path, monkeypatch):
-    config = Config(experts={"tasks": 2})
+@pytest.mark.parametrize("tasks", [2, {"toy": 2, "sciworld": 5}])
+async def test_some_tasks_can_be_left_without_an_expert(tasks, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENTS, "toy", "ToyEnv")
+    config = Config(experts={"tasks": tasks})
     config.workers.processes = 1
     monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
     kept, facts = await solve(config, ToyEnv, 0, tmp_path / "replays.jsonl")
