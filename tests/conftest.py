@@ -8,7 +8,7 @@ settings.load_profile("untimed")
 FIRST = ("test_methods", "test_pipeline")
 """They take longest: so two processes, each of which takes file after file, end at about the same time."""
 LAST = ("test_engines",)
-"""vLLM in the tests' own process sets threads, generators and torch.distributed for all that follows."""
+"""vLLM in the tests' own process sets threads, generators and torch.distributed for all that follows, and stays."""
 
 
 def pytest_collection_modifyitems(items):

@@ -51,8 +51,19 @@ def fresh(other):
 
 
 @pytest.fixture(scope="session")
-def vllm(policy, fresh):
-    """One engine for all tests here; the second of its process."""
+def in_bfloat16(policy, other, fresh):
+    """What the other policy says in an engine started with it, and in one that it was loaded into."""
+    settings = EngineSettings(kv_cache_gib=0.5, dtype="bfloat16")
+    with contextlib.closing(load_engine(settings, other, 2048, [END])) as engine:
+        started = asyncio.run(ask_all(engine, PROMPTS, GREEDY))
+    with contextlib.closing(load_engine(settings, policy, 2048, [END])) as engine:
+        engine.load(other, [END])
+        return started, asyncio.run(ask_all(engine, PROMPTS, GREEDY))
+
+
+@pytest.fixture(scope="session")
+def vllm(policy, fresh, in_bfloat16):
+    """One engine for all tests here; the last of its process, for it is closed when all tests have run."""
     engine = load_engine(EngineSettings(kv_cache_gib=0.5, dtype="float32"), policy, 2048, [END])
     yield engine
     engine.close()
@@ -159,15 +170,9 @@ class TestAnotherCheckpoint:
         assert [reply.token_ids for reply in loaded] != [reply.token_ids for reply in before]
 
     @pytest.mark.vllm
-    @pytest.mark.slow
-    async def test_vllm_does_in_bfloat16_too(self, policy, other):
+    def test_vllm_does_in_bfloat16_too(self, in_bfloat16):
         """The weights are saved in float32 and rounded as they are loaded, the first time and again."""
-        settings = EngineSettings(kv_cache_gib=0.5, dtype="bfloat16")
-        with contextlib.closing(load_engine(settings, other, 2048, [END])) as engine:
-            fresh = await ask_all(engine, PROMPTS, GREEDY)
-        with contextlib.closing(load_engine(settings, policy, 2048, [END])) as engine:
-            engine.load(other, [END])
-            loaded = await ask_all(engine, PROMPTS, GREEDY)
+        fresh, loaded = in_bfloat16
         assert [reply.token_ids for reply in loaded] == [reply.token_ids for reply in fresh]
         assert [reply.logprobs for reply in loaded] == [reply.logprobs for reply in fresh]
 
