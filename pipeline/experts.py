@@ -54,7 +54,9 @@ def _stage(arm: Arm, name: str, seed: int) -> None:
         )
     section = jobs.section(config, env)
     settings = runs.settings_of(
-        config.experts, env=jobs.env_settings(config, env, "train"), dev_tasks=config.env.dev_tasks
+        config.experts.model_copy(update={"tasks": config.experts.tasks_of(name)}),
+        env=jobs.env_settings(config, env, "train"),
+        dev_tasks=config.env.dev_tasks,
     )
     folder = arm.folder(name, seed, "experts")
     inputs = {"experts.source": source} if source else {}
