@@ -126,7 +126,6 @@ class EnvPool:
             EnvironmentFailure: no environment could be made, or the pool is closed.
             ValueError: the environment refused its settings, or misses something on this machine.
         """
-        asked = time.perf_counter()
         async with self._alone if alone else self._free:
             if self._closed:
                 raise EnvironmentFailure("The pool is closed.")
@@ -134,7 +133,7 @@ class EnvPool:
             slot = worker.free.pop()
             try:
                 await worker.call(slot, "open", (), STARTUP_SECONDS)
-                yield Session(worker, slot, self._timeout, time.perf_counter() - asked)
+                yield Session(worker, slot, self._timeout)
             finally:
                 worker.free.append(slot)
                 if alone:
@@ -166,12 +165,12 @@ class Session:
     the `OSError`s of the machine (a full disk), which no other session would fare better with.
     """
 
-    def __init__(self, worker: "_Worker", slot: int, timeout: float, waited: float) -> None:
+    def __init__(self, worker: "_Worker", slot: int, timeout: float) -> None:
         self._worker, self._slot, self._timeout = worker, slot, timeout
         self.seconds = 0.0
         """Time spent inside the environment, in this session."""
-        self.waited = waited
-        """Seconds until there was this session, its environment open, and those before its worker's turns since."""
+        self.waited = 0.0
+        """Seconds that its requests waited for the turn of its worker, which answers one at a time."""
 
     async def reset(self, task: str, *, seed: int | None = None) -> tuple[str, Info]:
         """`TextEnv.reset` of a task's content id."""

@@ -105,7 +105,7 @@ class Trajectory:
     engine_seconds: float = 0.0
     """From each question to the engine's answer; how long it waits for a place in the batch is part of that."""
     queue_seconds: float = 0.0
-    """Waiting for a free environment, until that was open, and for the turn of its worker."""
+    """Waiting for the turn of its environment's worker, which answers one at a time; not for a free environment."""
     prompt_tokens: int = 0
     """Tokens of all prompts that were put to the engine: the conversation's past counts anew at each turn."""
     cached_tokens: int = 0

@@ -41,7 +41,7 @@ SOURCES = ("statistics.py", "figures.py", "viewer.py", "report.py", "report.html
 WAITS = {
     "engine_seconds": "the engine",
     "env_seconds": "environments at work",
-    "queue_seconds": "a free environment or worker, before they began, too,",
+    "queue_seconds": "their turn of a worker",
 }
 """What an episode spends its time waiting for, as manifests have it."""
 OUTPUTS = ("episodes.csv", "rewards.csv", "rewards_by_kind.csv", "differences.csv", "report.html")

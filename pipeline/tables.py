@@ -11,12 +11,13 @@ checks every stage.
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from envs import ENVIRONMENTS
 from pipeline import recipe
 from pipeline.compare import differing
 from pipeline.config import Config
@@ -84,15 +85,25 @@ def shared_recipe(files: Sequence[Path]) -> Config | None:
     """The recipe of runs; None where a config.yaml is missing beside some of their episodes.
 
     Raises:
-        ValueError: two recipes differ in more than seed and environments (names the first key), or one cannot be read.
+        ValueError: two recipes differ in more than seed, environments and the settings of those that not both play
+            (names the first key), or one cannot be read.
     """
     recipes = [file.with_name("config.yaml") for file in files if file.with_name("config.yaml").is_file()]
     trees: list[dict[str, Any]] = [yaml.safe_load(path.read_text("utf-8")) for path in recipes]
-    for (one, ours), (other, theirs) in itertools.pairwise(zip(recipes, trees, strict=True)):
-        for key, a, b in differing(ours, theirs):
+    for (one, ours), (other, theirs) in itertools.combinations(zip(recipes, trees, strict=True), 2):
+        both = {*ours["env"]["names"]} & {*theirs["env"]["names"]}
+        for key, a, b in differing(_seen_by(both, ours), _seen_by(both, theirs)):
             if key not in OWN:
                 raise ValueError(f"{key} is {a} in {one} and {b} in {other}: they are no seeds of one study.")
     return recipe.load(str(recipes[0])) if len(recipes) == len(files) else None
+
+
+def _seen_by(envs: Collection[str], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what is of other environments."""
+    shared = {key: value for key, value in tree["env"].items() if key not in ENVIRONMENTS or key in envs}
+    tasks = tree["experts"]["tasks"]
+    by_env = {env: tasks.get(env) if isinstance(tasks, Mapping) else tasks for env in envs}
+    return {**tree, "env": shared, "experts": {**tree["experts"], "tasks": by_env}}
 
 
 def with_baseline(baseline: str, policies: Sequence[str]) -> "Compared":

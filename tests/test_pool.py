@@ -110,19 +110,6 @@ async def test_a_session_knows_how_long_it_waited_for_turns():
         assert two.waited - before[1] > 0.4
 
 
-async def test_a_session_knows_how_long_it_waited_for_a_slot():
-    async with EnvPool(ToyEnv) as pool:
-
-        async def hold() -> float:
-            async with pool.session() as env:
-                await asyncio.sleep(0.4)
-                return env.waited
-
-        first, second = await asyncio.gather(hold(), hold())
-        assert first > 0.02  # a worker is a new interpreter
-        assert second - first > 0.3
-
-
 async def test_refusals_come_back_as_they_are():
     async with EnvPool(ToyEnv) as pool, pool.session() as env:
         pid = await env.call("pid")

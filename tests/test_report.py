@@ -256,8 +256,8 @@ def test_what_episodes_waited_for_is_told_over_all_stages():
         stage("evaluate/sft/seen", engine_seconds=30, env_seconds=5, queue_seconds=5, prefix_cache_hit_rate=0.75),
     ]
     assert report.waits_told(stages) == (
-        "What the policies' episodes, many at once, waited for: the engine 80%, environments at work 15%, a free "
-        "environment or worker, before they began, too, 5%. "
+        "What the policies' episodes, many at once, waited for: the engine 80%, environments at work 15%, their "
+        "turn of a worker 5%. "
         "The prefix cache held 75% to 90% of a stage's prompt tokens."
     )
     assert report.waits_told(stages[:1]) == ""

@@ -71,6 +71,16 @@ def test_the_comparisons_are_those_of_the_recipe():
     assert {row["baseline"] for row in rows_of(Path("with-dpo/differences.csv"))} == {"dpo"}
 
 
+def test_what_other_environments_are_like_keeps_no_seeds_apart(capsys):
+    run([0], "first", env={"names": ["sciworld"]}, experts={"tasks": 300})
+    goals = {"names": ["sciworld"], "webshop": {"train_goals": 70}}
+    run([1], "second", env=goals, experts={"tasks": {"sciworld": 300, "webshop": 1800}})
+    run([2], "third", env=goals, experts={"tasks": {"sciworld": 200}})
+    assert tables("first", "second", "--to", "both") == 0
+    assert tables("first", "second", "third", "--to", "all") == 1
+    assert "experts.tasks.sciworld is 300 in runs/first/config.yaml and 200 in runs/third" in capsys.readouterr().err
+
+
 def test_a_file_alone_is_enough(tmp_path):
     folder = run([0], "first")
     (folder / "episodes.csv").rename(tmp_path / "sent.csv")
