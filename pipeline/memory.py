@@ -76,8 +76,8 @@ class Kept:
     copies: int
     """Of weights in another precision, while they are there: with checkpointing in the forward pass alone."""
     output: int
-    """Of the output layer: its weight in bfloat16, the logits that are kept and their gradient, and what is made of one
-    chunk's, at most 10 bytes a number, 8 in float32."""
+    """Of the output layer: its weight in bfloat16, the logits that are kept and their gradient, and the softmax of one
+    chunk's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,11 +155,21 @@ def kept(model: Any, lengths: Sequence[int], *, rows: int = 1, bf16: bool = Fals
         whole = activations
         activations, _ = _saved(model, rows, length, bf16=bf16, checkpointing=True)
         again = round(PASSING * (whole - activations) / len(_layers(model)))
-    head, positions, size = model.get_output_embeddings().weight, rows * length, 2 if bf16 else 4
-    copy_of_head = size * head.numel() if bf16 and head.dtype == torch.float32 else 0
-    logits = 2 * size * min(kept_positions(_base(model).config), positions) + (8 + 2 * bf16) * min(CHUNK, positions)
-    output = copy_of_head + logits * head.shape[0]
-    return Kept(activations=activations, again=again, copies=copies, output=output)
+    head = model.get_output_embeddings().weight
+    copy_of_head = 2 * head.numel() if bf16 and head.dtype == torch.float32 else 0
+    logits = head.shape[0] * _bytes_a_number(kept_positions(_base(model).config), rows * length, bf16=bf16)
+    return Kept(activations=activations, again=again, copies=copies, output=copy_of_head + logits)
+
+
+def _bytes_a_number(most: int, positions: int, *, bf16: bool) -> int:
+    """Bytes of the logits of so many positions, and of what is made of them, for each number of the vocabulary.
+
+    The positions beyond the most that keep their logits come first in the backward pass, chunk by chunk.
+    """
+    kept, size = min(most, positions), 2 if bf16 else 4
+    softmax = 4 + 4 * bf16  # in float32, and on a CPU so is what it is of
+    first = size * kept + (2 * size + softmax) * min(CHUNK, positions - kept)
+    return max(first, 2 * size * kept + softmax * min(CHUNK, kept))
 
 
 def training(model: Any, kept: Kept, *, gpus: int = 1, sharded: bool = False) -> Training:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import engine_tokens, preference_step
+from benchmarks import copying, engine_tokens, preference_step
 from benchmarks.preference_step import Measured
 
 ROOT = Path(__file__).parent.parent
@@ -113,3 +113,9 @@ def test_an_engines_rows_say_how_they_compare_with_vllm_alone():
     assert second["tokens_per_second"] == 300
     assert second["ratio"] == pytest.approx(0.6)
     assert second["cpu_ratio"] == pytest.approx(0.9)
+
+
+def test_a_token_repeats_where_it_alone_has_followed_the_two_before_it():
+    ids = [1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3]
+    assert copying.repeats(ids, [0] * len(ids)) == [5, 6, 7]  # not 8, another token, nor 11, which two have followed
+    assert copying.repeats(ids, [-1] * 6 + [0] * 6) == [6, 7]

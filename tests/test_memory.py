@@ -7,10 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
-from pipeline import memory, qlora, training
+from pipeline import logprobs, memory, qlora, training
 from pipeline.batches import Run, Side, collate
 from pipeline.config import ModelConfig, PreferenceConfig
-from pipeline.logprobs import causal_lm_of
+from pipeline.logprobs import KEPT, causal_lm_of
 from pipeline.methods import Discount
 from pipeline.models import add_lora, load_policy, read_sizes
 from pipeline.objectives import PreferenceObjective
@@ -152,8 +152,8 @@ def peak_of_a_step(model, bf16: bool, checkpointing: bool) -> int:
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     with profiling() as profiler, packed_attention(causal_lm_of(model)):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # as accelerate: around the forward pass alone
-            logprobs = training._sides_logprobs(model, batch["sides"])
-        PreferenceObjective(beta=0.1)(logprobs, batch)[0].backward()
+            of_sides = training._sides_logprobs(model, batch["sides"])
+        PreferenceObjective(beta=0.1)(of_sides, batch)[0].backward()
     return peak_in(profiler)
 
 
@@ -185,10 +185,16 @@ def test_the_peak_of_a_step_in_4_bits_is_near_what_is_said(tmp_path):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing):
-    model = add_lora(LlamaForCausalLM(SMALL), ModelConfig(lora_rank=rank), 0)
+@pytest.mark.parametrize(
+    ("vocabulary", "logits_kept"),
+    [(600, KEPT), (32_000, KEPT), (32_000, 100 * 32_000)],  # little is the output layer's; most is; and few are kept
+)
+def test_the_peak_of_a_step_is_near_what_is_said(rank, bf16, checkpointing, vocabulary, logits_kept, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT", logits_kept)
+    sizes = LlamaConfig(**SMALL.to_dict() | {"vocab_size": vocabulary})
+    model = add_lora(LlamaForCausalLM(sizes), ModelConfig(lora_rank=rank), 0)
     measured = peak_of_a_step(model, bf16, checkpointing)
-    shapes = memory.build(SMALL, ModelConfig(lora_rank=rank), gpu=False)
+    shapes = memory.build(sizes, ModelConfig(lora_rank=rank), gpu=False)
     kept = memory.kept(shapes, [LENGTH] * 2, bf16=bf16, checkpointing=checkpointing)
     said = memory.training(shapes, kept)
     ratio = said.passing / measured
