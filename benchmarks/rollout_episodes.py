@@ -9,7 +9,10 @@ All on one engine and one policy, in one process tree: the SFT policy of a finis
 
     python -m benchmarks.rollout_episodes runs/tiny/sciworld/seed0 [--at-once 64] [--tasks 128] [--json FILE]
 
-The official way and one by one play an eighth of the tasks. Tasks that the split lacks are played again.
+The official way and one by one play an eighth of the tasks. Tasks that the split lacks are played again. Told beside
+them: the processor time of this process (the engine's, and what drives it) and of the environments' workers; the share
+of the engine's own rate that these leave possible on the machine's cores, were driving the episodes free; and how busy
+the cores were.
 """
 
 import argparse
@@ -32,6 +35,7 @@ import yaml
 from transformers import AutoTokenizer
 
 import envs
+from benchmarks.process_tree import below, cpu_seconds
 from envs.pool import EnvPool
 from pipeline import jobs
 from pipeline.config import Config
@@ -86,15 +90,18 @@ async def play(
             for _ in range(at_once):
                 await stack.enter_async_context(pool.session())
         with tempfile.TemporaryDirectory() as folder, JsonlAppender(Path(folder) / "episodes.jsonl") as appender:
-            started, cpu = time.perf_counter(), time.process_time()
+            children = below(os.getpid())
+            started, cpu, theirs = time.perf_counter(), time.process_time(), cpu_seconds(children)
             await play_episodes(
                 pool, episodes, lambda _: player(recorder), config.play, appender, example=False, label=f"{at_once}"
             )
-            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+            seconds, ours = time.perf_counter() - started, time.process_time() - cpu
+            theirs = cpu_seconds(children) - theirs
     return {
         "episodes": len(tasks),
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "cpu_seconds": ours,
+        "worker_cpu_seconds": theirs,
         "tokens": recorder.tokens,
         "cached": recorder.cached / recorder.prompt_tokens,
     }
@@ -117,6 +124,7 @@ async def alone(
         "episodes": len(asked),
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
+        "worker_cpu_seconds": 0.0,
         "tokens": recorder.tokens,
         "cached": recorder.cached / recorder.prompt_tokens,
     }
@@ -156,16 +164,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = asyncio.run(measure(options.folder, options.tasks, options.at_once))
-    print(f"{'':14}{'episodes':>9}{'seconds':>9}{'episodes/s':>12}{'tokens/s':>10}{'per CPU s':>11}{'cached':>8}")
+    titles = f"{'':14}{'episodes':>9}{'seconds':>9}{'episodes/s':>12}{'tokens/s':>10}{'per CPU s':>11}"
+    print(f"{titles}{'CPU s':>7}{'workers':>9}{'cached':>8}")
     for way, one in found.items():
         print(
             f"{way:14}{one['episodes']:9}{one['seconds']:9.1f}{one['episodes'] / one['seconds']:12.3f}"
-            f"{one['tokens'] / one['seconds']:10.0f}{one['tokens'] / one['cpu_seconds']:11.0f}{one['cached']:8.0%}"
+            f"{one['tokens'] / one['seconds']:10.0f}{one['tokens'] / one['cpu_seconds']:11.0f}{one['cpu_seconds']:7.1f}"
+            f"{one['worker_cpu_seconds']:9.1f}{one['cached']:8.0%}"
         )
     official, _, many, bare = found.values()
+    cores = len(os.sched_getaffinity(0))
+    shortest = max(bare["seconds"], (bare["cpu_seconds"] + many["worker_cpu_seconds"]) / cores)
     ratios = {
         "episodes_vs_official_way": _rate(many, "episodes") / _rate(official, "episodes"),
         "tokens_vs_engine_alone": _rate(many, "tokens") / _rate(bare, "tokens"),
+        "which_the_cores_allow": bare["seconds"] / shortest,
+        "cores_busy": (many["cpu_seconds"] + many["worker_cpu_seconds"]) / (cores * many["seconds"]),
     }
     print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     if options.json:
