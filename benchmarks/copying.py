@@ -31,7 +31,12 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=40)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    unseen = read_jsonl(options.seed / "evaluate/expert/unseen/episodes.jsonl", Trajectory)[: options.trajectories]
+    file = options.seed / "evaluate/expert/unseen/episodes.jsonl"
+    if not file.is_file():
+        parser.error(f"{file} is not there: give the folder of an evaluated run's seed, as runs/RUN/sciworld/seed0.")
+    if recipe.beside(options.seed).model.path:
+        parser.error(f"The policies of {options.seed} begin with a model of the Hub, which nothing was written into.")
+    unseen = read_jsonl(file, Trajectory)[: options.trajectories]
     found = {}
     for name, model, tokenizer in policies(options.seed):
         examples, _ = sft_examples(Renderer(tokenizer), unseen, model.config.max_position_embeddings)
