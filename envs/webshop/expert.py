@@ -1,8 +1,9 @@
 """Who shops: a customer who knows the goal's own record and sees what an agent sees.
 
-It searches with words of the instruction, as people do: sometimes all of them, sometimes what matters most. It looks
-for the goal's product on the pages of results, tries other words if it is not there, chooses the wanted options by
-their text, looks at the price and buys. Where it does not find the product in time, it buys the first one listed.
+It searches for the instruction as it stands, as WebShop's rule baseline does, less the price: words that a small model
+can copy from the place where they always begin. It looks for the goal's product on the pages of results, tries fewer
+words if it is not there, chooses the wanted options by their text, looks at the price and buys. Where it does not find
+the product in time, it buys the first one listed.
 
 With `noise` a share of its purchases goes wrong in one of the ways of `MISTAKES`.
 """
@@ -21,9 +22,6 @@ MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
 PAGES = 2
 """Pages of results that it looks through before it tries other words."""
-
-KEYWORDS = 0.1
-"""Share of customers who type keywords; the others type what they would say."""
 
 _OPENING = re.compile(
     r"^(?:please |can you |could you |help me )*(?:i am|i'm|i)?\s*(?:would|'d)?\s*"
@@ -56,24 +54,31 @@ _IDLE = {
 """Words that say nothing of the product."""
 
 
+def asked_of(instruction: str) -> str:
+    """An instruction without the price.
+
+    >>> asked_of("i am looking for a red mug, and price lower than 20.00 dollars")
+    'i am looking for a red mug'
+    """
+    return CEILING.sub("", instruction).strip(" .")
+
+
 def wish_of(instruction: str) -> str:
     """What an instruction asks for, without the price and without how it begins.
 
     >>> wish_of("i am looking for a red mug, and price lower than 20.00 dollars")
     'a red mug'
     """
-    asked = CEILING.sub("", instruction).strip(" .")
+    asked = asked_of(instruction)
     return _OPENING.sub("", asked) or asked
 
 
-def queries(goal: Goal, chance: random.Random) -> list[str]:
-    """Words to search for, those to try first at the front, as different people would choose them."""
-    wish = re.sub(r"[\[\]]", " ", wish_of(goal["instruction_text"]))
+def queries(goal: Goal) -> list[str]:
+    """Words to search for, those to try first at the front: fewer and fewer, at last those of the record."""
+    asked, wish = (re.sub(r"[\[\]]", " ", part(goal["instruction_text"])) for part in (asked_of, wish_of))
     words = " ".join(word for word in re.findall(r"[^\s,.()]+(?:\.\d+)?", wish) if word not in _IDLE)
-    ways = [wish, wish.partition(". ")[0]]  # all of it, and what was said first
-    chance.shuffle(ways)
-    ways.insert(0 if chance.random() < KEYWORDS else 2, words)
-    return list(dict.fromkeys([*ways, " ".join([*goal["attributes"], goal["query"], *values_of(goal)])]))
+    record = " ".join([*goal["attributes"], goal["query"], *values_of(goal)])
+    return list(dict.fromkeys([asked, wish.partition(". ")[0], words, record]))
 
 
 def values_of(goal: Goal) -> list[str]:
@@ -88,7 +93,7 @@ class Customer:
     def __init__(self, goal: Goal, limit: int, chance: random.Random, mistake: Mistake | None = None) -> None:
         """Have a goal and so many steps, and perhaps make a mistake."""
         self._goal, self._mistake = goal, mistake
-        self._queries = queries(goal, chance)
+        self._queries = queries(goal)
         self._values = [] if mistake == "no option" else values_of(goal)
         self._chance = chance
         self._left = limit
