@@ -1,8 +1,10 @@
 import contextlib
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +59,13 @@ def env(settings):
 
 def first(env, kind, split="train"):
     return next(task for task in env.tasks(split) if env.kind(task) == kind)
+
+
+def solved(env):
+    """The games that the expert solves, of all splits, with its steps."""
+    for task in (task for split in SPLITS for task in env.tasks(split)):
+        with contextlib.suppress(NoSolutionError):
+            yield task, env.expert(task)
 
 
 def play(env, actions):
@@ -234,10 +243,7 @@ class TestExperts:
     @pytest.mark.parametrize("expert", ["handcoded", "plan"])
     def test_both_experts_solve_every_kind(self, settings, expert):
         with AlfWorld(settings.model_copy(update={"expert": expert})) as env:
-            lengths = {}
-            for task in env.tasks("train"):
-                with contextlib.suppress(NoSolutionError):
-                    lengths[env.kind(task)] = len(env.expert(task))
+            lengths = {env.kind(task): len(steps) for task, steps in solved(env)}
         assert len(lengths) == 6
         assert max(lengths.values()) <= (40 if expert == "handcoded" else 12)
 
@@ -248,11 +254,20 @@ class TestExperts:
 
     def test_the_mended_bookkeeping_lets_the_expert_place_two_objects(self, env, monkeypatch):
         """Without it the expert never learns that its hands are empty."""
-        task = first(env, "pick_two_obj_and_place")
-        assert env.expert(task)
+        task = next(task for task, _ in solved(env) if env.kind(task) == "pick_two_obj_and_place")
         monkeypatch.setattr("envs.alfworld.expert.spoken", lambda command, dialect: command)
         with pytest.raises(NoSolutionError):
             env.expert(task)
+
+    def test_a_room_is_searched_in_the_order_that_tells_of_it(self, env):
+        on = []
+        for task, steps in solved(env):
+            told = re.findall(r"\ba (\w+ \d+)", env.reset(options={"task": task})[0].partition("Your task")[0])
+            before = itertools.takewhile(lambda action: not action.startswith("take "), [step.action for step in steps])
+            places = [told.index(action[len("go to ") :]) for action in before if action.startswith("go to ")]
+            on += [later > earlier for earlier, later in itertools.pairwise(places)]
+        assert len(on) > 40
+        assert sum(on) / len(on) > 0.9  # where it is stuck it goes anywhere
 
     def test_thoughts_name_the_goal_and_follow_what_was_seen(self, env):
         task = first(env, "pick_cool_then_place_in_recep")

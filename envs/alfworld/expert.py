@@ -3,7 +3,9 @@
 The handcoded expert (alfworld/agents/expert/handcoded_expert.py) searches as an agent must, by what it has seen. In
 0.4.2 its bookkeeping still waits for `put` (`update_state_tracking`, line 178: `elif "put" in last_action`) although
 the command has become `move`: its inventory never empties, and of the tasks that place two objects it solves half. It
-is mended from outside: its bookkeeping is told `put X in/on Y` for `move X to Y`.
+is mended from outside: its bookkeeping is told `put X in/on Y` for `move X to Y`. And where it searches a room from the
+end of the list that tells of it, here it begins at the front (a deviation): where to look next is what the list names
+next, which a small model can copy.
 """
 
 import itertools
@@ -175,6 +177,8 @@ def handcoded(engine: Engine, file: Path, dialect: Dialect, limit: int) -> Itera
     agent.reset(str(file))
     tracking = agent.policy.update_state_tracking
     agent.policy.update_state_tracking = lambda state, last: tracking(state, spoken(last, "put"))
+    listed = agent.policy.get_objects_and_classes
+    agent.policy.get_objects_and_classes = lambda text: dict(reversed(listed(text).items()))  # it takes from the end
     agent.observe(engine.reset(facts=True))
     chance = random.Random(f"{file.parent.parent.name}/{file.parent.name}")
     command = "look"
