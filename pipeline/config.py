@@ -367,9 +367,12 @@ class EvaluateConfig(Section):
     """Evaluation on new tasks, greedy."""
 
     splits: Annotated[
-        list[Literal["seen", "unseen"]], BeforeValidator(comma_list), Field(min_length=1), AfterValidator(_distinct)
+        list[Literal["dev", "seen", "unseen"]],
+        BeforeValidator(comma_list),
+        Field(min_length=1),
+        AfterValidator(_distinct),
     ] = ["seen", "unseen"]
-    """The splits to play."""
+    """The splits to play. `dev` alone, while a recipe is being found, leaves seen and unseen tasks untouched."""
     env: dict[str, Any] = {}
     """Keys of the section `env` that are other ones when policies are evaluated than when they learn, as
     `{sciworld.simplification: ""}`: what a change of the environment costs."""
@@ -416,6 +419,12 @@ class Config(Section):
     def _some_others(self) -> "Config":
         if self.env.others and len(self.env.names) < 2:
             raise ValueError("env.others: the run plays one environment, so there is no other; name more with env=")
+        return self
+
+    @model_validator(mode="after")
+    def _some_dev(self) -> "Config":
+        if "dev" in self.evaluate.splits and not self.env.dev_tasks:
+            raise ValueError("evaluate.splits: dev has no tasks; set env.dev_tasks")
         return self
 
     @model_validator(mode="after")

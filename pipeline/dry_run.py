@@ -216,7 +216,8 @@ def tasks(config: Config, env: str) -> tuple[int, ...]:
         return found
 
     found = {split: min(most(split) or number, number) for split, number in published.items()}
-    return (found["train"] - config.env.dev_tasks, *(found[split] for split in config.evaluate.splits))
+    found["dev"] = config.env.dev_tasks
+    return (found["train"] - found["dev"], *(found[split] for split in config.evaluate.splits))
 
 
 def _tokenizer(config: Config, folder: Path) -> Any:

@@ -22,16 +22,20 @@ PICKED = ("arms={picked: {method: dmpo, pairs.contest: all, choose: {train.gamma
 
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory):
-    """A work folder with a run of every method, and what its report printed."""
+    """A work folder with a run of every method, what its report printed, and the table that dev alone gave before."""
     folder = tmp_path_factory.mktemp("methods")
-    for stage in ("experts", "sft", *ROUND, *ROUND, "evaluate", "report"):
+    for stage in ("experts", "sft", *ROUND, *ROUND, "evaluate"):
+        run(folder, stage, *METHODS, *SMALL, *PICKED, "evaluate.splits=dev")
+    looked = rewards(folder)
+    assert not list(seed_folder(folder).glob("evaluate/*/*seen")), "tests were played"
+    for stage in ("evaluate", "report"):
         printed = run(folder, stage, *METHODS, *SMALL, *PICKED)
-    return folder, printed
+    return folder, printed, looked
 
 
 def test_every_method_goes_the_same_way(methods):
     """From one SFT policy: best of n, rejection sampling, a second round, steps, and a gamma chosen on dev tasks."""
-    folder, printed = methods
+    folder, printed, _ = methods
     base = seed_folder(folder)
     table = {(row["method"], row["split"]): float(row["reward"]) for row in rewards(folder)}
     names = ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")
@@ -55,6 +59,15 @@ def test_every_method_goes_the_same_way(methods):
     assert not dev & set(experts)
     chosen = json.loads((base / "choose/picked/choice.json").read_text())
     assert chosen["dev_reward"][chosen["chosen"]] == max(chosen["dev_reward"].values())
+
+
+def test_dev_alone_tells_a_recipe_before_any_test_is_played(methods):
+    folder, _, looked = methods
+    table = {(row["method"], row["split"]): float(row["reward"]) for row in looked}
+    assert set(table) == {(name, "dev") for name in ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")}
+    assert {row["n"] for row in looked} == {"4"}
+    chosen = json.loads((seed_folder(folder) / "choose/picked/choice.json").read_text())
+    assert table["picked", "dev"] == pytest.approx(max(chosen["dev_reward"].values()), abs=1e-6)
 
 
 def progress(folder, stage):
