@@ -15,7 +15,7 @@ STAGES = {
     "pairs": "win/lose pairs of expert and policy 0",
     "reference": "per-turn log-probs of the pairs under policy 0",
     "train": "preference fine-tuning, one policy a method",
-    "evaluate": "every policy, the experts and random play on seen and unseen tasks",
+    "evaluate": "every policy, the experts and random play on seen and unseen tasks, or dev",
     "report": "tables, curves and a trajectory viewer in one page",
 }
 TOOLS = {
