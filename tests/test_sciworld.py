@@ -24,7 +24,7 @@ from envs.sciworld import (
     ScienceWorld,
     Settings,
 )
-from envs.sciworld.expert import RULES, plans, think
+from envs.sciworld.expert import RULES, as_shown, plans, think
 from envs.sciworld.simulator import DOORS, Jvm, _room_walks
 from envs.sciworld.splits import published
 from pipeline.splits import overlaps
@@ -177,6 +177,18 @@ class TestExpert:
         assert timed_long == long
         assert raw == gold
 
+    def test_things_are_called_as_they_were_shown(self):
+        looks = [("look around", "Here you see: \n\ta butterfly egg\n\tan axe"), ("open axe", "It has no door.")]
+        focus = ("focus on butterfly", "You focus on the butterfly egg.")
+        rest = [("pick up butterfly", "You move the butterfly."), ("move butterfly egg to red box", "")]
+        assert as_shown([*looks, focus, *rest]) == [
+            *("look around", "open axe", "focus on butterfly egg", "pick up butterfly egg"),
+            "move butterfly egg to red box",
+        ]
+        assert as_shown([focus, *rest]) == [focus[0], *(action for action, _ in rest)]  # nothing was shown
+        hidden = ("focus on steel table", "You focus on the table.")
+        assert as_shown([*looks, hidden]) == ["look around", "open axe", "focus on steel table"]
+
     def test_thoughts(self):
         seen = [
             ("look around", "a dog"),
@@ -271,6 +283,16 @@ class TestSimulator:
             observation, _, terminated, _, info = env.step(answer.partition("Action: ")[2])
         assert terminated
         assert info["success"]
+
+    @pytest.mark.parametrize("task", ["sciworld:find-animal:0", "sciworld:find-living-thing:0"])
+    def test_experts_name_what_is_in_sight(self, env, task):
+        """Gold paths say `butterfly` to a `butterfly egg`."""
+        steps = env.expert(task)
+        shown = next(step.observation for step in steps if step.action == "look around")
+        named = next(step.action for step in steps if step.action.startswith("focus on ")).removeprefix("focus on ")
+        assert f"\ta {named}\n" in shown
+        assert f"pick up {named}" in [step.action for step in steps]
+        assert play(env, task, [step.action for step in steps])[-1][4]["success"]
 
     def test_verbs_are_the_grammars(self, env):
         env.reset(options={"task": "sciworld:power-component:0"})

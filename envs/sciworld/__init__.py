@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from envs import MALFORMED_OBSERVATION, SPLITS, ExpertStep, Info, NoSolutionError, TextEnv, comma_list
-from envs.sciworld.expert import plans, think
+from envs.sciworld.expert import as_shown, plans, think
 from envs.sciworld.simulator import JVM_MB, SIMPLIFICATIONS, WORLD_MB, Jvm, Server, jar_hash
 from envs.sciworld.splits import digest, leak_free, published
 
@@ -312,7 +312,8 @@ class ScienceWorld(TextEnv):
     def expert(self, task: str) -> list[ExpertStep]:
         """A solution of the task: the simulator's gold path, without its detours if it still solves the task.
 
-        Up to five plans (`envs.sciworld.expert.plans`) are played, until one solves it within its step limit.
+        Up to five plans (`envs.sciworld.expert.plans`) are played, until one solves it within its step limit; then that
+        once more, with things called as they were shown.
 
         Raises:
             NoSolutionError: the simulator gave no gold path.
@@ -333,8 +334,16 @@ class ScienceWorld(TextEnv):
             if info["reward"] > reward:
                 best, reward = steps, info["reward"]
             if info["success"]:
-                break
+                return self._as_shown(task, steps)
         return best
+
+    def _as_shown(self, task: str, solution: list[ExpertStep]) -> list[ExpertStep]:
+        """A solution with things called as they were shown, if it still is one."""
+        plan = as_shown((step.action, step.observation) for step in solution)
+        if plan == [step.action for step in solution]:
+            return solution
+        steps, info = self._rehearse(task, plan)
+        return steps if info["success"] else solution
 
     def _rehearse(self, task: str, plan: list[str]) -> tuple[list[ExpertStep], Info]:
         """Play a plan until the episode ends, with a thought for each action."""

@@ -7,11 +7,12 @@ on things it has never seen. `plans` drops the detours, so that an agent can lea
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 TRAVEL = re.compile(r"(?:open door to|go to) (.+)")
 NO_EFFECT = re.compile(r"pour (.+?) in(?:to)? \1$")
+FOCUSED = re.compile(r"You focus on the (.+?)\.")
 
 
 def plans(gold: list[str], description: str) -> Iterator[list[str]]:
@@ -39,6 +40,30 @@ def _as_seen(action: str) -> str:
     action = re.sub(r"\begg (.+?) egg\b", r"\1 egg", action)
     action = re.sub(r"^focus on egg (.+)$", r"focus on \1 egg", action)
     return re.sub(r"( containing [\w ]+?)? in inventory\b", "", action)
+
+
+def as_shown(played: Iterable[tuple[str, str]]) -> list[str]:
+    """The actions of a solution with what they focus on called as the room showed it, there and from there on.
+
+    Gold paths say `focus on butterfly` where a `butterfly egg` is in sight. The simulator takes that; whoever learns
+    from it learns to recite names and not to read them.
+
+    Args:
+        played: (action, observation) of the whole solution.
+    """
+    names: dict[str, str] = {}
+    shown, actions = "", []
+    for action, observation in played:
+        focus, answer = re.fullmatch("focus on (.+)", action), FOCUSED.match(observation)
+        if focus and answer and re.search(rf"\ban? {re.escape(answer[1])}\b", shown):
+            names[focus[1]] = answer[1]
+        for name, seen in names.items():
+            if not re.search(rf"\b{re.escape(seen)}\b", action):
+                action = re.sub(rf"\b{re.escape(name)}\b", seen, action)
+        actions.append(action)
+        if action == "look around":
+            shown = observation
+    return actions
 
 
 def _teleporting(gold: list[str], description: str, *, keep_time: bool) -> list[str]:
