@@ -23,4 +23,5 @@ mypy
 # Two processes, file by file: an engine or a simulator that starts keeps one core busy. They share the machine's cores.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
+export OMP_WAIT_POLICY=PASSIVE # a thread that waits spinning keeps the other process from the core
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
