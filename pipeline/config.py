@@ -153,6 +153,9 @@ class ExpertsConfig(Section):
     name, as in `data/{env}_sft.json`. Empty: the environment solves its own training tasks."""
     thoughts: bool = True
     """Whether the expert's replies say why (`Thought: ...`) before they act. Official data keeps what it has."""
+    min_reward: float = Field(1.0, gt=0, le=1)
+    """Least reward of a solution that is kept as a demonstration; with less than 1 imperfect ones are, where experts
+    make mistakes (`env.webshop.noise`). Official data are kept whatever their reward."""
     tasks: Annotated[int | dict[str, int] | None, AfterValidator(_some_of_each)] = None
     """Demonstrate only this many of the training tasks, spread evenly over their kinds: one number, or one for each
     environment, as `{webshop: 1000}`; of an environment that is not named, and if empty, all."""

@@ -1,8 +1,9 @@
 """Stage `experts`: expert trajectories in ReAct form, from the environment's own solutions or from official data.
 
 The environment solves each of its training tasks; the solution is then replayed through the same episode loop that
-policies play in, and kept if it reaches the full reward. A replay that reads other observations than the solution did
-comes from a simulator that is not deterministic: the trajectory is kept as it was replayed, and the manifest names it.
+policies play in, and kept if it reaches `experts.min_reward`, by default the full reward. A replay that reads other
+observations than the solution did comes from a simulator that is not deterministic: the trajectory is kept as it was
+replayed, and the manifest names it.
 """
 
 import asyncio
@@ -70,7 +71,7 @@ def _stage(arm: Arm, name: str, seed: int) -> None:
         else:
             trajectories, facts = asyncio.run(solve(config, env, seed, folder / REPLAYS))
         if not trajectories:
-            raise ValueError(f"{name}: no expert trajectory reaches the full reward: {facts}.")
+            raise ValueError(f"{name}: no expert trajectory reaches experts.min_reward: {facts}.")
         write_jsonl(folder / jobs.EPISODES, trajectories)
         stage.facts.update(facts | jobs.summary(trajectories) | {"notes": env.notes(section)})
 
@@ -91,7 +92,7 @@ async def solve(
     """Replay the environment's solutions of its training tasks.
 
     Returns:
-        The trajectories that reach the full reward, in the order of the tasks, and what the manifest says of the rest.
+        The trajectories that are good enough, in the order of the tasks, and what the manifest says of the rest.
     """
     job = jobs.Job(
         config=config,
@@ -123,11 +124,13 @@ async def solve(
             )
     place = {task: position for position, task in enumerate(tasks)}
     played = sorted(read_jsonl(replays, Trajectory), key=lambda one: place[one.id])
-    kept = [one for one in played if one.success]
-    reasons = Counter(one.note or f"reward below 1 ({one.status})" for one in played if not one.success)
+    least = config.experts.min_reward
+    kept = [one for one in played if one.reward >= least]
+    dropped = [one for one in played if one.reward < least]
+    reasons = Counter(one.note or f"reward below {least:g} ({one.status})" for one in dropped)
     return kept, {
         "dropped": dict(reasons),
-        "dropped_ids": [one.id for one in played if not one.success],
+        "dropped_ids": [one.id for one in dropped],
         "replays_that_differ": [one.id for one in kept if one.note],
         "half_written_lines_dropped": half_written,
     }

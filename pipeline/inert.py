@@ -53,8 +53,10 @@ def reason(key: str, config: "Config") -> str | None:
         return f"{section}.max_steps={steps} decides; set that to nothing ({section}.max_steps=)"
     if key == "model.lora_alpha" and not config.model.lora_rank:
         return "model.lora_rank is 0"
-    if key == "env.alfworld.expert" and config.experts.source is not None:
+    if key in ("env.alfworld.expert", "experts.min_reward") and config.experts.source is not None:
         return "the experts come from experts.source"
+    if key == "env.webshop.mistakes" and not config.env.webshop.noise:
+        return "env.webshop.noise is 0"
     if key in ("pairs.corruption", "pairs.corrupted_actions") and not config.pairs.corrupted:
         return "pairs.corrupted is 0"
     if key == "pairs.min_gap" and config.pairs.reward == "success":

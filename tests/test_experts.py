@@ -143,6 +143,17 @@ async def test_solutions_that_fail_are_counted_and_named(tmp_path, monkeypatch):
     assert facts["replays_that_differ"] == []
 
 
+async def test_imperfect_solutions_can_be_kept(tmp_path, monkeypatch):
+    """Task n wants n + 1 steps of at most five; task 5's expert ends at five sixths."""
+    config = Config(experts={"min_reward": 0.5})
+    config.workers.processes = 1
+    monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
+    kept, facts = await solve(config, ToyEnv, 0, tmp_path / "replays.jsonl")
+    assert [one.id for one in kept] == [f"toy:train:{number}" for number in range(6)]
+    assert [one.success for one in kept] == [True] * 5 + [False]
+    assert facts["dropped"] == {}
+
+
 @pytest.mark.parametrize("tasks", [2, {"toy": 2, "sciworld": 5}])
 async def test_some_tasks_can_be_left_without_an_expert(tasks, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENTS, "toy", "ToyEnv")

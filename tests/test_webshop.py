@@ -6,15 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from envs import SPLITS
 from envs.pool import EnvPool
 from envs.webshop import STEP_LIMIT, Settings, WebShop
-from envs.webshop.expert import MISTAKES, Customer, queries, wish_of
+from envs.webshop.expert import Customer, queries, wish_of
 from envs.webshop.reward import english_nouns, tagger
 from envs.webshop.server import serving
+from envs.webshop.settings import Mistake
 from envs.webshop.shop import open_shop
 from envs.webshop.tasks import check, content_id, split
 from envs.webshop.text import WebShopText
@@ -235,7 +237,15 @@ class TestExperts:
         assert sum(reward < 1 for reward in rewards) > 30
         assert sum(rewards) / len(rewards) > 0.4
 
-    @pytest.mark.parametrize("mistake", MISTAKES)
+    def test_of_the_mistakes_some_can_be_asked_for(self, settings):
+        hasty = settings.model_copy(update={"noise": 1.0, "mistakes": ["no option"]})
+        with WebShop(settings) as careful, WebShop(hasty) as env:
+            for task in env.tasks("train")[:20]:
+                chosen = [step for step in careful.expert(task) if step.thought.endswith("I choose it.")]
+                left = [step for step in careful.expert(task) if step not in chosen]
+                assert [step.action for step in env.expert(task)] == [step.action for step in left]
+
+    @pytest.mark.parametrize("mistake", get_args(Mistake))
     def test_each_mistake_is_what_it_says(self, env, mistake):
         task = next(one for one in env.tasks("train") if len(env.expert(one)) == 5)
         text = WebShopText(env._shop)

@@ -206,7 +206,7 @@ class WebShop(TextEnv):
         Raises:
             ValueError: no such task.
         """
-        from envs.webshop.expert import MISTAKES, Customer
+        from envs.webshop.expert import Customer
         from envs.webshop.text import WebShopText
 
         number = self._number(task)
@@ -214,7 +214,7 @@ class WebShop(TextEnv):
         text = WebShopText(self._shop)
         text.reset(number)
         chance = random.Random(task)
-        mistake = chance.choice(MISTAKES) if chance.random() < self._settings.noise else None
+        mistake = chance.choice(self._settings.mistakes) if chance.random() < self._settings.noise else None
         customer = Customer(text.goal, STEP_LIMIT, chance, mistake)
         steps = []
         for _ in range(STEP_LIMIT):

@@ -5,20 +5,17 @@ can copy from the place where they always begin. It looks for the goal's product
 words if it is not there, chooses the wanted options by their text, looks at the price and buys. Where it does not find
 the product in time, it buys the first one listed.
 
-With `noise` a share of its purchases goes wrong in one of the ways of `MISTAKES`.
+With `noise` a share of its purchases goes wrong in one of the ways of `mistakes`.
 """
 
 import random
 import re
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 from envs.webshop.goals import CEILING, Goal
 from envs.webshop.reward import matched_options
+from envs.webshop.settings import Mistake
 from envs.webshop.text import Page
-
-Mistake = Literal["another product", "another option", "no option"]
-MISTAKES: tuple[Mistake, ...] = get_args(Mistake)
 
 PAGES = 2
 """Pages of results that it looks through before it tries other words."""

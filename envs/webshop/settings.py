@@ -1,11 +1,14 @@
 """The `env.webshop` section of a recipe."""
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from envs import comma_list
 from envs.webshop.goals import Profile
+
+Mistake = Literal["another product", "another option", "no option"]
 
 
 class Settings(BaseModel):
@@ -44,7 +47,9 @@ class Settings(BaseModel):
     unseen_goals: int = Field(200, ge=1)
     """Goals of the unseen split: of categories that train has not."""
     noise: float = Field(0.0, ge=0, le=1)
-    """Share of the expert's episodes with a mistake: a wrong option or none, a neighbour of the right item."""
+    """Share of the expert's episodes with a mistake; what such a purchase is worth, `experts.min_reward` may keep."""
+    mistakes: Annotated[list[Mistake], BeforeValidator(comma_list), Field(min_length=1)] = list(get_args(Mistake))
+    """The mistakes, of which each such episode has one: a neighbour of the right product, wrong options, or none."""
     url: str | None = Field(None, pattern="^https?://")
     """Address of a WebShop site that serves the pages, ours or the official one, of the same catalogue. Empty: the
     pages are made in the environment's own process, without HTTP."""
