@@ -168,6 +168,10 @@ class TestExpert:
         first = next(plans(["go to outside", "focus on baby baby brown bear"], "Focus on the oldest animal."))
         assert first == ["teleport to outside", "look around", "focus on baby brown bear"]
 
+    def test_plans_name_eggs_as_rooms_do(self):
+        gold = ["focus on egg turtle", "pick up egg turtle", "move egg turtle egg in inventory to red box"]
+        assert next(plans(gold, "")) == ["focus on turtle egg", "pick up turtle egg", "move turtle egg to red box"]
+
     def test_plans_keep_time_and_wait_long(self):
         gold = ["open door to hallway", "go to hallway", *["wait1"] * 8, "focus on cat", "pour cup into cup"]
         long, short, timed_long, timed, raw = plans(gold, "")

@@ -38,7 +38,7 @@ def _as_seen(action: str) -> str:
     """The action with things called as observations call them: `egg dove egg in inventory` is a `dove egg`."""
     action = re.sub(r"\b(\w+) \1\b", r"\1", action)
     action = re.sub(r"\begg (.+?) egg\b", r"\1 egg", action)
-    action = re.sub(r"^focus on egg (.+)$", r"focus on \1 egg", action)
+    action = re.sub(r"^(focus on|pick up) egg (.+)$", r"\1 \2 egg", action)
     return re.sub(r"( containing [\w ]+?)? in inventory\b", "", action)
 
 
