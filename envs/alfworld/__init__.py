@@ -286,8 +286,8 @@ class AlfWorld(TextEnv):
         assert self._engine is not None
         self._over = True
         task_type, params = games.task_of(file)
-        room, _, goal = self._begin(file).rpartition("Your task is to: ")
-        thinker, steps = Thinker(room, goal.rstrip("."), task_type, params), []
+        goal = self._begin(file).rpartition("Your task is to: ")[2].rstrip(".")
+        thinker, steps = Thinker(goal, task_type, params), []
         try:
             if self._settings.expert == "plan":
                 plan = privileged_plan(self._engine.facts(), task_type, params)

@@ -210,14 +210,11 @@ class Thinker:
     """Says in a sentence or two why an expert's next command follows from the task and from what was observed.
 
     Each thought begins with what decides: is the thing that is looked for in sight? A policy that has to name the thing
-    there finds the answer where the observation names it too. So it does with where to look next: a thought names the
-    place that was searched and the next one in the words of the text that lists them, `a desk 1, a drawer 3`.
+    there finds the answer where the observation names it too.
     """
 
-    def __init__(self, room: str, goal: str, task_type: str, params: Mapping[str, Any]) -> None:
-        """Begin with the text that lists the places of the room, and the sentence of the goal without its full stop."""
-        self._after = dict(itertools.pairwise(re.findall(r"\ban? (\w+ \d+)", room)))
-        self._here = ""
+    def __init__(self, goal: str, task_type: str, params: Mapping[str, Any]) -> None:
+        """Begin with the sentence of the goal, without its full stop."""
         self._goal = goal
         self._target, self._parent = (str(params[key]).lower() for key in ("object_target", "parent_target"))
         self._lamp = str(params["toggle_target"]).lower()
@@ -259,7 +256,7 @@ class Thinker:
 
     def _go(self, place: str) -> str:
         if self._holding and self._lamp:
-            return f"I have the {self._holding}. I see a {self._lamp} nowhere{self._on_to(place)}"
+            return f"I have the {self._holding}. I see a {self._lamp} nowhere, so I try a {place}."
         if self._holding and self._verb and not self._treated:
             return f"I have the {self._holding}. To {self._verb} it, I go to a {place}."
         if self._holding:
@@ -267,16 +264,10 @@ class Thinker:
         if known := next((name for name, where in self._seen.items() if where == place), None):
             return f"I see a {self._target} nowhere, but I saw the {known} at the {place}."
         if self._searching:
-            return f"{self._sight()}{self._on_to(place)}"
+            return f"{self._sight()}, so I try a {place}."
         self._searching = True
         wanted = f"{'another' if self._placed else 'a'} {self._target}"
         return f"To {self._goal}, I look for {wanted}. I try a {place}."
-
-    def _on_to(self, place: str) -> str:
-        """Why this place, at the end of a sentence."""
-        if self._after.get(self._here) == place:
-            return f". After a {self._here}, a {place} is next."
-        return f", so I try a {place}."
 
     def observe(self, command: str, observation: str) -> None:
         """Hear what came of a command."""
@@ -293,6 +284,6 @@ class Thinker:
             case "clean" | "heat" | "cool":
                 self._treated = True
             case "go" | "open" | "examine":
-                self._here = place = " ".join(rest[-2:])
+                place = " ".join(rest[-2:])
                 for name in re.findall(rf"\ba ({self._target} \d+)", observation):
                     self._seen[name] = place
