@@ -80,7 +80,7 @@ def progress(folder, stage):
     }
     if stage in lines:
         return sum((base / name).read_bytes().count(b"\n") for name in lines[stage] if (base / name).exists())
-    part = {"sft": "sft", "train": "train/step"}.get(stage)
+    part = {"sft": "sft", "train": "train/picked@train.gamma=0.1"}.get(stage)  # each takes more than one step
     if part:
         return len(list((base / part / "checkpoints").glob("checkpoint-*/trainer_state.json")))
     return len(list(base.glob(f"arms/*/{stage}/*")))
