@@ -370,12 +370,13 @@ class EvaluateConfig(Section):
     """Evaluation on new tasks, greedy."""
 
     splits: Annotated[
-        list[Literal["dev", "seen", "unseen"]],
+        list[Literal["train", "dev", "seen", "unseen"]],
         BeforeValidator(comma_list),
         Field(min_length=1),
         AfterValidator(_distinct),
     ] = ["seen", "unseen"]
-    """The splits to play. `dev` alone, while a recipe is being found, leaves seen and unseen tasks untouched."""
+    """The splits to play. `dev` alone, while a recipe is being found, leaves seen and unseen tasks untouched; `train`
+    tells whether a policy is better where it has learned."""
     env: dict[str, Any] = {}
     """Keys of the section `env` that are other ones when policies are evaluated than when they learn, as
     `{sciworld.simplification: ""}`: what a change of the environment costs."""

@@ -217,7 +217,8 @@ def tasks(config: Config, env: str) -> tuple[int, ...]:
 
     found = {split: min(most(split) or number, number) for split, number in published.items()}
     found["dev"] = config.env.dev_tasks
-    return (found["train"] - found["dev"], *(found[split] for split in config.evaluate.splits))
+    found["train"] -= found["dev"]
+    return (found["train"], *(found[split] for split in config.evaluate.splits))
 
 
 def _tokenizer(config: Config, folder: Path) -> Any:

@@ -66,7 +66,8 @@ class Job:
     samples: int = 1
     """Episodes for each task."""
     limit: int | None = None
-    """Only this many tasks: spread evenly over the kinds, or drawn by the seed where a policy plays training tasks."""
+    """Only this many tasks: spread evenly over the kinds, or drawn by the seed where a policy explores."""
+    explores: bool = False
     only: Path | None = None
     """Only tasks that this file of trajectories has."""
     from_steps: bool = False
@@ -345,8 +346,7 @@ async def chosen_tasks(job: Job, pool: EnvPool, env: type[envs.TextEnv], dev_tas
     if job.only:
         wanted = {trajectory.id for trajectory in read_jsonl(job.only, Trajectory)}
         tasks = [task for task in tasks if task in wanted]
-    explores = job.split == "train" and job.policy not in BASELINES
-    limited = _drawn(tasks, job.limit, job.seed) if explores else spread(tasks, job.limit, kinds.__getitem__)
+    limited = _drawn(tasks, job.limit, job.seed) if job.explores else spread(tasks, job.limit, kinds.__getitem__)
     return {task: kinds[task] for task in limited}
 
 

@@ -49,6 +49,7 @@ def _explorations(arm: Arm, env: str, seed: int, number: int) -> Iterator[jobs.J
             top_p=rollout.top_p,
             samples=step.samples if by_step else rollout.samples,
             limit=step.tasks if by_step else rollout.tasks,
+            explores=True,
             only=None if rollout.undemonstrated and not by_step else arm.folder(env, seed, "experts") / jobs.EPISODES,
             from_steps=by_step,
         )

@@ -55,7 +55,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe, tmp_path):
         (["sft.batch_size=many"], "sft.batch_size: Input should be a valid integer"),
         (["sft.batch_size=10", "sft.micro_batch_size=4"], "batch_size 10 is no multiple of micro_batch_size 4"),
         (["env.sciworld.tasks=[boyl]"], "boyl"),
-        (["evaluate.splits=test"], "evaluate.splits.0: Input should be 'dev', 'seen' or 'unseen'"),
+        (["evaluate.splits=test"], "evaluate.splits.0: Input should be 'train', 'dev', 'seen' or 'unseen'"),
         (["nonsense"], "'nonsense' is no override; write key=value"),
         (["seed.x.y=1"], "seed"),
         (["sft.epochs=[1"], "the value is no YAML"),

@@ -202,6 +202,7 @@ def test_fewer_tasks_make_less_work():
     assert dry_run.tasks(config, "sciworld") == (400 - 8, 104, 104)
     assert dry_run.tasks(config, "alfworld") == (400 - 8, 100, 100)
     assert dry_run.tasks(load("tiny", ["env.dev_tasks=8", "evaluate.splits=dev"]), "sciworld") == (400 - 8, 8)
+    assert dry_run.tasks(load("tiny", ["env.dev_tasks=8", "evaluate.splits=train"]), "sciworld") == (400 - 8, 400 - 8)
     assert dry_run.tasks(load("llama2-7b"), "alfworld") == (3321, 140, 134)
     assert dry_run.tasks(load("llama2-7b", ["evaluate.splits=seen"]), "webshop") == (1824, 200)
 

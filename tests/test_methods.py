@@ -25,7 +25,7 @@ def methods(tmp_path_factory):
     """A work folder with a run of every method, what its report printed, and the table that dev alone gave before."""
     folder = tmp_path_factory.mktemp("methods")
     for stage in ("experts", "sft", *ROUND, *ROUND, "evaluate"):
-        run(folder, stage, *METHODS, *SMALL, *PICKED, "evaluate.splits=dev")
+        run(folder, stage, *METHODS, *SMALL, *PICKED, "evaluate.splits=train,dev")
     looked = rewards(folder)
     assert not list(seed_folder(folder).glob("evaluate/*/*seen")), "tests were played"
     for stage in ("evaluate", "report"):
@@ -61,11 +61,16 @@ def test_every_method_goes_the_same_way(methods):
     assert chosen["dev_reward"][chosen["chosen"]] == max(chosen["dev_reward"].values())
 
 
-def test_dev_alone_tells_a_recipe_before_any_test_is_played(methods):
+def test_training_tasks_tell_a_recipe_before_any_test_is_played(methods):
+    """Those that were learned from, and those that were set aside."""
     folder, _, looked = methods
     table = {(row["method"], row["split"]): float(row["reward"]) for row in looked}
-    assert set(table) == {(name, "dev") for name in ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")}
-    assert {row["n"] for row in looked} == {"4"}
+    names = ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")
+    assert set(table) == {(name, split) for name in names for split in ("train", "dev")}
+    assert {(row["split"], row["n"]) for row in looked} == {("train", "12"), ("dev", "4")}
+    learned = {one.id for one in read_jsonl(seed_folder(folder) / "experts/episodes.jsonl", Trajectory)}
+    trained = read_jsonl(seed_folder(folder) / "evaluate/rft/train/episodes.jsonl", Trajectory)
+    assert {one.id for one in trained} == learned
     chosen = json.loads((seed_folder(folder) / "choose/picked/choice.json").read_text())
     assert table["picked", "dev"] == pytest.approx(max(chosen["dev_reward"].values()), abs=1e-6)
 
