@@ -143,9 +143,9 @@ class Settings(BaseModel):
     tasks: Annotated[list[str], BeforeValidator(comma_list), Field(min_length=1)] = list(TASKS)
     """Names of the tasks to play."""
     train_variations: int = Field(default=120, ge=1)
-    """Most variations of a task in the train split."""
+    """Most variations of a task in the train split, evenly spaced: neighbours are alike."""
     eval_variations: int = Field(default=10, ge=1)
-    """Most variations of a task in the seen split, and in the unseen split."""
+    """Most variations of a task in the seen split, and in the unseen split, evenly spaced."""
     splits: Path | None = None
     """Folder with train_indices.json, dev_indices.json and test_indices.json as published with ETO: their tasks are
     played, seen from dev and unseen from test, and train loses what is tested. Empty: the simulator's own splits."""
@@ -185,6 +185,11 @@ class Settings(BaseModel):
             known = f"easy, or a list of {', '.join(SIMPLIFICATIONS)}"
             raise ValueError(f"unknown ScienceWorld simplification {unknown[0]!r}; known: {known}")
         return simplification
+
+
+def _evenly(tasks: list[str], most: int) -> list[str]:
+    """At most so many of them, as far apart as can be."""
+    return [tasks[place * len(tasks) // most] for place in range(most)] if most < len(tasks) else tasks
 
 
 def _of_kind(lists: dict[str, list[str]], task: str) -> dict[str, list[str]]:
@@ -274,8 +279,10 @@ class ScienceWorld(TextEnv):
         return observation, self._reward - before, terminated, truncated, self._info(valid=valid)
 
     def tasks(self, split: str) -> list[str]:
-        """Content ids of a split's tasks, kind by kind: the first of the simulator's train, dev or test variations.
+        """Content ids of a split's tasks, kind by kind: of the simulator's train, dev or test variations.
 
+        They are evenly spaced: thirty variations of find-animal in a row have the same three animals, so that the first
+        of a split would all be played in one world.
         Of the published lists, where the settings name them.
 
         Raises:
@@ -289,7 +296,7 @@ class ScienceWorld(TextEnv):
             for task in self._settings.tasks:
                 for name, found in (_of_kind(lists, task) if lists else self._variations(task)).items():
                     most = self._settings.train_variations if name == "train" else self._settings.eval_variations
-                    self._splits[name] += [one for one in found if one != EXAMPLE_TASK][:most]
+                    self._splits[name] += _evenly([one for one in found if one != EXAMPLE_TASK], most)
         return list(self._splits[split])
 
     def published(self) -> dict[str, list[str]]:
@@ -381,9 +388,10 @@ class ScienceWorld(TextEnv):
 
     @classmethod
     def relevant(cls, settings: Any, split: str) -> dict[str, Any]:
-        """All but the memory, and how many variations the other splits have."""
+        """All but the memory, and how many variations the other splits have; which of them are taken, too."""
         other = "eval_variations" if split == "train" else "train_variations"
         found: dict[str, Any] = settings.model_dump(mode="json", exclude={"heap_mb", "splits", other})
+        found["variations"] = "evenly spaced"  # what runs of before did not have, which took the first
         if settings.splits:
             found["splits"] = digest(published(settings.splits, TASKS))
         return found
