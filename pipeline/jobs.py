@@ -68,6 +68,7 @@ class Job:
     limit: int | None = None
     """Only this many tasks: spread evenly over the kinds, or drawn by the seed where a policy explores."""
     explores: bool = False
+    """Whether it is played to learn from, not to be judged."""
     only: Path | None = None
     """Only tasks that this file of trajectories has."""
     from_steps: bool = False
