@@ -157,8 +157,8 @@ class ExpertsConfig(Section):
     """Least reward of a solution that is kept as a demonstration; with less than 1 imperfect ones are, where experts
     make mistakes (`env.webshop.noise`). Official data are kept whatever their reward."""
     tasks: Annotated[int | dict[str, int] | None, AfterValidator(_some_of_each)] = None
-    """Demonstrate only this many of the training tasks, spread evenly over their kinds: one number, or one for each
-    environment, as `{webshop: 1000}`; of an environment that is not named, and if empty, all."""
+    """Demonstrate only this many of the training tasks, as many of every kind, drawn by their ids: one number, or one
+    for each environment, as `{webshop: 1000}`; of an environment that is not named, and if empty, all."""
 
     def tasks_of(self, env: str) -> int | None:
         """The most tasks of one environment, if there is a most."""
@@ -381,7 +381,7 @@ class EvaluateConfig(Section):
     """Keys of the section `env` that are other ones when policies are evaluated than when they learn, as
     `{sciworld.simplification: ""}`: what a change of the environment costs."""
     tasks: int | None = Field(None, ge=1)
-    """Play only this many tasks of a split, spread evenly over its kinds. Empty: all."""
+    """Play only this many tasks of a split, as many of every kind, drawn by their ids. Empty: all."""
 
 
 class Config(Section):

@@ -58,6 +58,7 @@ def _stage(arm: Arm, name: str, seed: int) -> None:
         config.experts.model_copy(update={"tasks": config.experts.tasks_of(name)}),
         env=jobs.env_settings(config, env, "train"),
         dev_tasks=config.env.dev_tasks,
+        **({"spread": jobs.SPREAD} if config.experts.tasks_of(name) else {}),
     )
     folder = arm.folder(name, seed, "experts")
     inputs = {"experts.source": source} if source else {}

@@ -40,6 +40,8 @@ BASELINES = ("random", "expert")
 """Who plays beside the policies: chance, and the environment's own solutions."""
 OF_JOB = ("seed", "policy", "split", "temperature", "top_p", "samples", "limit", "from_steps")
 """What of a job its episodes depend on."""
+SPREAD = "by their ids"
+"""How `spread` takes tasks, for the keys of stages: earlier runs, which took the first of each kind, are not reused."""
 LEARNT = ("train", "dev")
 """Splits that are made of the environment's training tasks."""
 
@@ -66,7 +68,7 @@ class Job:
     samples: int = 1
     """Episodes for each task."""
     limit: int | None = None
-    """Only this many tasks: spread evenly over the kinds, or drawn by the seed where a policy explores."""
+    """Only this many tasks: spread over the kinds (`spread`), or drawn by the seed where a policy explores."""
     explores: bool = False
     """Whether it is played to learn from, not to be judged."""
     only: Path | None = None
@@ -92,6 +94,7 @@ def settings(job: Job) -> dict[str, Any]:
         max_length=config.model.max_length if served else None,
         engine=config.engine.model_dump(include={"name", "dtype", "threads", "eager"}) if served else None,
         **{name: getattr(job, name) for name in OF_JOB},
+        **({"spread": SPREAD} if job.limit and not job.explores else {}),
     )
 
 
@@ -365,7 +368,7 @@ async def tasks_by_split(session: Session, dev_tasks: int) -> dict[str, list[str
 
 def with_dev(splits: Mapping[str, Sequence[str]], dev_tasks: int, kind: Callable[[str], str]) -> dict[str, list[str]]:
     """The splits of an environment, `dev_tasks` of its training tasks in a split of their own."""
-    dev = set_aside(splits["train"], dev_tasks, kind) if dev_tasks else set()
+    dev = set(spread(splits["train"], dev_tasks, kind)) if dev_tasks else set()
     parts = {split: [task for task in splits["train"] if (task in dev) == (split == "dev")] for split in LEARNT}
     return parts | {split: list(splits[split]) for split in splits if split not in LEARNT}
 
@@ -385,12 +388,6 @@ def check_disjoint(splits: dict[str, list[str]]) -> None:
                 )
 
 
-def set_aside(tasks: Sequence[str], number: int, kind: Callable[[str], str]) -> set[str]:
-    """So many of the tasks, spread over their kinds; which ones depends on their ids alone, for every seed alike."""
-    shuffled = sorted(tasks, key=lambda task: hashlib.sha256(task.encode()).digest())
-    return set(spread(shuffled, number, kind))
-
-
 def _drawn(tasks: Sequence[str], limit: int | None, seed: int) -> list[str]:
     """At most `limit` tasks, drawn by the seed, in the order given."""
     if limit is None or limit >= len(tasks):
@@ -400,14 +397,19 @@ def _drawn(tasks: Sequence[str], limit: int | None, seed: int) -> list[str]:
 
 
 def spread(tasks: Sequence[str], limit: int | None, kind: Callable[[str], str]) -> list[str]:
-    """At most `limit` tasks, taken from every kind in turn, in the order given."""
+    """At most `limit` tasks, taken from every kind in turn, in the order given.
+
+    Which tasks of a kind depends on their ids alone, the same for every seed: neighbours may be played in one world, so
+    the first of a kind are not a sample of it. What a smaller `limit` takes is taken by a larger one, too.
+    """
     if limit is None or limit >= len(tasks):
         return list(tasks)
+    shuffled = sorted(tasks, key=lambda task: hashlib.sha256(task.encode()).digest())
     by_kind: dict[str, list[str]] = defaultdict(list)
-    for task in tasks:
+    for task in shuffled:
         by_kind[kind(task)].append(task)
     rank = {task: place for group in by_kind.values() for place, task in enumerate(group)}
-    kept = set(sorted(tasks, key=lambda task: rank[task])[:limit])
+    kept = set(sorted(shuffled, key=rank.__getitem__)[:limit])
     return [task for task in tasks if task in kept]
 
 

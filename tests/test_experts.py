@@ -154,20 +154,21 @@ async def test_imperfect_solutions_can_be_kept(tmp_path, monkeypatch):
     assert facts["dropped"] == {}
 
 
-@pytest.mark.parametrize("tasks", [2, {"toy": 2, "sciworld": 5}])
+@pytest.mark.parametrize("tasks", [3, {"toy": 3, "sciworld": 5}])
 async def test_some_tasks_can_be_left_without_an_expert(tasks, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENTS, "toy", "ToyEnv")
     config = Config(experts={"tasks": tasks})
     config.workers.processes = 1
     monkeypatch.setattr("pipeline.jobs.open_pool", lambda *_: _pool())
     kept, facts = await solve(config, ToyEnv, 0, tmp_path / "replays.jsonl")
-    assert [one.id for one in kept] == ["toy:train:0", "toy:train:1"]
+    assert [one.id for one in kept] == ["toy:train:1", "toy:train:3"]
+    assert facts["dropped_ids"] == ["toy:train:5"]
     published, _ = read_official(
         ToyEnv, Settings(), write(tmp_path / "data.json", [GOOD | {"id": str(number)} for number in range(1, 5)])
     )
     kept, facts = await keep_training_tasks(config, ToyEnv, published)
-    assert [one.id for one in kept] == ["toy:train:1", "toy:train:2"]
-    assert facts["dropped"] == {"beyond experts.tasks": 2}
+    assert [one.id for one in kept] == ["toy:train:1", "toy:train:2", "toy:train:3"]
+    assert facts["dropped"] == {"beyond experts.tasks": 1}
 
 
 def _pool():

@@ -22,9 +22,18 @@ def kind(task):
 
 def test_spread_takes_from_every_kind_in_turn():
     tasks = ["a:0", "a:1", "a:2", "b:0", "b:1", "c:0"]
-    assert spread(tasks, 4, kind) == ["a:0", "a:1", "b:0", "c:0"]
+    assert [kind(task) for task in spread(tasks, 4, kind)] == ["a", "a", "b", "c"]
     assert spread(tasks, None, kind) == tasks
     assert spread(tasks, 99, kind) == tasks
+
+
+def test_spread_reaches_every_part_of_a_kind_and_keeps_what_fewer_would_have():
+    tasks = [f"a:{number}" for number in range(120)]
+    few, more = spread(tasks, 20, kind), spread(tasks, 60, kind)
+    assert set(few) < set(more)
+    thirds = [sum(int(task[2:]) // 40 == third for task in few) for third in range(3)]
+    assert min(thirds) >= 4
+    assert set(spread(tasks[::-1], 20, kind)) == set(few)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), unique=True), st.integers(1, 20))
@@ -75,7 +84,7 @@ async def test_a_policy_explores_tasks_drawn_by_the_seed_and_others_play_them_in
     assert len(drawn) > 1
     assert all(len(tasks) == 3 for tasks in drawn)
     in_turn = [await played(job(seed=seed, policy=policy)) for seed in range(3) for policy in ("sft", "expert")]
-    assert in_turn == [["toy:train:0", "toy:train:1", "toy:train:2"]] * 6
+    assert in_turn == [["toy:train:1", "toy:train:3", "toy:train:5"]] * 6
 
 
 def job(**fields):
