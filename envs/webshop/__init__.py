@@ -273,7 +273,7 @@ class WebShop(TextEnv):
         """All but the place of the files, whose content is in the fingerprint."""
         found: dict[str, Any] = settings.model_dump(mode="json", exclude={"data", "splits"})
         lists = sorted(settings.splits.expanduser().glob("*_indices.json")) if settings.splits else []
-        return found | {"splits": [file.read_text("utf-8") for file in lists]}
+        return found | {"splits": [file.read_text("utf-8") for file in lists], "tests": "one of a product"}
 
     @classmethod
     def official_turn(cls, action: str, observation: str, settings: Any) -> tuple[str, str]:

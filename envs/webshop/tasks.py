@@ -3,9 +3,10 @@
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +15,8 @@ from envs.webshop.settings import Settings
 
 UNSEEN_SHARE, SEEN_SHARE = 1 / 6, 1 / 4
 """Most that splits of our own set aside: of the categories for unseen, of what is left for seen."""
+
+Groups = dict[str, list[int]]
 
 OFFICIAL = {"train": "train_indices.json", "seen": "test_indices.json"}
 """The index files published with ETO (eval_agent/data/webshop): lists of session numbers."""
@@ -36,31 +39,33 @@ def content_id(number: int, goal: Goal) -> str:
 def split(goals: Sequence[Goal], settings: Settings) -> Splits:
     """The splits of the settings: official lists, or our own, which share no product, and with unseen no category.
 
+    Tests of our own are of as many products as goals: those of one product tell little more than one of them.
+
     Raises:
         ValueError: an official list is missing or malformed, or names a goal that there is not.
     """
     if settings.splits is not None:
         return _official(goals, settings, settings.splits)
-    by_category: dict[str, list[int]] = defaultdict(list)
-    for number, goal in enumerate(goals):
-        by_category[goal["product_category"]].append(number)
-    categories = sorted(by_category)
-    random.Random("unseen categories").shuffle(categories)
-    aside = int(len(categories) * UNSEEN_SHARE)
-    unseen, rest = (
-        [number for category in part for number in by_category[category]]
-        for part in (categories[:aside], categories[aside:])
-    )
-    seen, train = _by_products(goals, rest, min(settings.seen_goals, int(len(rest) * SEEN_SHARE)))
-    known = {goals[number]["product_category"] for number in train}
-    train += [number for number in seen if goals[number]["product_category"] not in known]
-    seen = [number for number in seen if goals[number]["product_category"] in known]
+    categories = _grouped(goals, range(len(goals)), "product_category")
+    names = sorted(categories)
+    random.Random("unseen categories").shuffle(names)
+    aside = int(len(names) * UNSEEN_SHARE)
+    unseen = _grouped(goals, [number for name in names[:aside] for number in categories[name]], "asin")
+    rest = _grouped(goals, [number for name in names[aside:] for number in categories[name]], "asin")
+    products = sorted(rest)
+    random.Random("seen products").shuffle(products)
+    tested = products[: min(settings.seen_goals, int(len(products) * SEEN_SHARE))]
+    known = {goals[rest[asin][0]]["product_category"] for asin in products[len(tested) :]}
+    seen = [rest.pop(asin) for asin in tested if goals[rest[asin][0]]["product_category"] in known]
+    train = [number for numbers in rest.values() for number in numbers]
+    others = sum(map(len, seen)) - len(seen)
     return Splits(
         {
             "train": _shuffled(train, "train")[: settings.train_goals],
-            "seen": _shuffled(seen, "seen"),
-            "unseen": _shuffled(unseen, "unseen")[: settings.unseen_goals],
-        }
+            "seen": _shuffled(_one_each(goals, seen), "seen"),
+            "unseen": _shuffled(_one_each(goals, unseen.values()), "unseen")[: settings.unseen_goals],
+        },
+        {"for a product that another goal tests": others} if others else {},
     )
 
 
@@ -139,18 +144,17 @@ def check(goals: Sequence[Goal], splits: Mapping[str, Sequence[int]], *, product
                 raise ValueError(f"WebShop's {owner[asin]} and {name} goals share the product {asin}.")
 
 
-def _by_products(goals: Sequence[Goal], numbers: Sequence[int], wanted: int) -> tuple[list[int], list[int]]:
-    """Some goals and the rest, all goals of a product on the same side."""
-    by_product: dict[str, list[int]] = defaultdict(list)
+def _grouped(goals: Sequence[Goal], numbers: Iterable[int], field: Literal["asin", "product_category"]) -> Groups:
+    """Numbers of goals by what one of their fields says."""
+    groups: Groups = defaultdict(list)
     for number in numbers:
-        by_product[goals[number]["asin"]].append(number)
-    products = sorted(by_product)
-    random.Random("seen products").shuffle(products)
-    kept: list[int] = []
-    for asin in products:
-        if len(kept) + len(by_product[asin]) <= wanted:
-            kept += by_product.pop(asin)
-    return kept, [number for group in by_product.values() for number in group]
+        groups[goals[number][field]].append(number)
+    return groups
+
+
+def _one_each(goals: Sequence[Goal], products: Iterable[Sequence[int]]) -> list[int]:
+    """One goal of each product, whatever the others are."""
+    return [random.Random(goals[numbers[0]]["asin"]).choice(sorted(numbers)) for numbers in products]
 
 
 def _shuffled(numbers: Sequence[int], name: str) -> list[int]:
