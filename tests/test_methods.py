@@ -24,9 +24,8 @@ PICKED = ("arms={picked: {method: dmpo, pairs.contest: all, choose: {train.gamma
 def methods(tmp_path_factory):
     """A work folder with a run of every method, what its report printed, and the table that dev alone gave before."""
     folder = tmp_path_factory.mktemp("methods")
-    for stage in ("experts", "sft", *ROUND, *ROUND):
-        run(folder, stage, *METHODS, *SMALL, *PICKED)
-    run(folder, "evaluate", *METHODS, *SMALL, *PICKED, "method=rft", "evaluate.splits=train,dev")
+    for stage in ("experts", "sft", *ROUND, *ROUND, "evaluate"):
+        run(folder, stage, *METHODS, *SMALL, *PICKED, "evaluate.splits=train,dev")
     looked = rewards(folder)
     assert not list(seed_folder(folder).glob("evaluate/*/*seen")), "tests were played"
     for stage in ("evaluate", "report"):
@@ -66,7 +65,7 @@ def test_training_tasks_tell_a_recipe_before_any_test_is_played(methods):
     """Those that were learned from, and those that were set aside."""
     folder, _, looked = methods
     table = {(row["method"], row["split"]): float(row["reward"]) for row in looked}
-    names = ("random", "sft", "rft", "picked", "expert")
+    names = ("random", "sft", "bon", "rft", "eto", "step", "picked", "expert")
     assert set(table) == {(name, split) for name in names for split in ("train", "dev")}
     assert {(row["split"], row["n"]) for row in looked} == {("train", "12"), ("dev", "4")}
     learned = {one.id for one in read_jsonl(seed_folder(folder) / "experts/episodes.jsonl", Trajectory)}
