@@ -45,7 +45,7 @@ class Settings(BaseModel):
     seen_goals: int = Field(200, ge=1)
     """Goals of the seen split, each of another product, which train has not, of categories that train has, too."""
     unseen_goals: int = Field(200, ge=1)
-    """Goals of the unseen split, each of another product, of categories that train has not."""
+    """Goals of the unseen split, of categories that train has not; without official lists each of another product."""
     noise: float = Field(0.0, ge=0, le=1)
     """Share of the expert's episodes with a mistake; what such a purchase is worth, `experts.min_reward` may keep."""
     mistakes: Annotated[list[Mistake], BeforeValidator(comma_list), Field(min_length=1)] = list(get_args(Mistake))

@@ -17,6 +17,7 @@ UNSEEN_SHARE, SEEN_SHARE = 1 / 6, 1 / 4
 """Most that splits of our own set aside: of the categories for unseen, of what is left for seen."""
 
 Groups = dict[str, list[int]]
+"""Numbers of goals by their product or category."""
 
 OFFICIAL = {"train": "train_indices.json", "seen": "test_indices.json"}
 """The index files published with ETO (eval_agent/data/webshop): lists of session numbers."""
@@ -28,7 +29,7 @@ class Splits:
 
     goals: dict[str, list[int]]
     left_out: dict[str, int] = field(default_factory=dict)
-    """Entries of the official lists that are not played, counted by the reason."""
+    """Goals that no split plays, or entries of the official lists, counted by the reason."""
 
 
 def content_id(number: int, goal: Goal) -> str:
