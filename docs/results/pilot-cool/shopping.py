@@ -5,7 +5,7 @@
 takes a run's SFT policy, its exploration and what was evaluated. It writes, of the option turns of the experts' unseen
 episodes, how often the value that the thought names is the policy's likeliest continuation, and how often the click
 is, given the experts' own words before; then, for the exploration, for the losers of its pairs and for each policy's
-tests, what went wrong first in each episode.
+tests, in how many episodes an option was chosen, and what went wrong first in each.
 """
 
 import re
@@ -70,9 +70,10 @@ def first_wrong(episode: Trajectory) -> str:
 
 
 def told(name: str, episodes: Sequence[Trajectory]) -> None:
-    """Write the first mistakes of some episodes, the most frequent ones first."""
+    """Write of some episodes how many chose an option, and the first mistakes, the most frequent ones first."""
+    chose = sum(any(turn.valid and OPTION.search(turn.text) for turn in episode.turns) for episode in episodes)
     mistakes = Counter(map(first_wrong, episodes)).most_common()
-    sys.stdout.write(f"{name}: {len(episodes)} episodes, {dict(mistakes)}\n")
+    sys.stdout.write(f"{name}: {len(episodes)} episodes, {chose} with an option, {dict(mistakes)}\n")
 
 
 def main() -> None:
