@@ -4,8 +4,9 @@
 
 takes a run's SFT policy, its exploration and what was evaluated. It writes, of the option turns of the experts' unseen
 episodes, how often the value that the thought names is the policy's likeliest continuation, and how often the click
-is, given the experts' own words before; then, for the exploration, for the losers of its pairs and for each policy's
-tests, in how many episodes an option was chosen, and what went wrong first in each.
+is, given the experts' own words before; in how many pairs the winner alone chose an option; then, for the exploration,
+for the losers of its pairs and for each policy's tests, in how many episodes an option was chosen, and what went wrong
+first in each.
 """
 
 import re
@@ -18,7 +19,7 @@ import torch
 
 from pipeline import models, recipe
 from pipeline.examples import sft_examples
-from pipeline.records import Pair, Trajectory, read_jsonl
+from pipeline.records import Message, Pair, Trajectory, read_jsonl
 from pipeline.rendering import Renderer
 
 OPTION = re.compile(r"Thought: [a-z ]+: (.+)\. I choose it\.\nAction: click\[(.+)\]")
@@ -69,11 +70,17 @@ def first_wrong(episode: Trajectory) -> str:
     return f"bought for {episode.reward:.2f}" if episode.status.value == "completed" else episode.status.value
 
 
+def chose(episode: Trajectory) -> bool:
+    """Whether an option was chosen."""
+    return any(turn.valid and OPTION.search(turn.text) for turn in episode.turns)
+
+
 def told(name: str, episodes: Sequence[Trajectory]) -> None:
     """Write of some episodes how many chose an option, and the first mistakes, the most frequent ones first."""
-    chose = sum(any(turn.valid and OPTION.search(turn.text) for turn in episode.turns) for episode in episodes)
     mistakes = Counter(map(first_wrong, episodes)).most_common()
-    sys.stdout.write(f"{name}: {len(episodes)} episodes, {chose} with an option, {dict(mistakes)}\n")
+    sys.stdout.write(
+        f"{name}: {len(episodes)} episodes, {sum(map(chose, episodes))} with an option, {dict(mistakes)}\n"
+    )
 
 
 def main() -> None:
@@ -83,15 +90,18 @@ def main() -> None:
     samples = {(one.id, one.sample): one for one in read_jsonl(seed / "rollout/episodes.jsonl", Trajectory)}
     told("samples", list(samples.values()))
     pairs = read_jsonl(seed / "pairs/pairs.jsonl", Pair)
-    told("losers", [_loser(pair, samples.values()) for pair in pairs])
+    sides = [[_sample(pair.id, side, samples.values()) for side in (pair.chosen, pair.rejected)] for pair in pairs]
+    alone = sum(chose(winner) and not chose(loser) for winner, loser in sides)
+    sys.stdout.write(f"pairs: {len(pairs)}, in {alone} the winner alone chose an option\n")
+    told("losers", [loser for _, loser in sides])
     for file in sorted(seed.glob("evaluate/*/*seen/episodes.jsonl")):
         told(f"{file.parent.parent.name}, {file.parent.name}", read_jsonl(file, Trajectory))
 
 
-def _loser(pair: Pair, samples: Iterable[Trajectory]) -> Trajectory:
-    """The sample that a pair's losing side is."""
-    lost = [turn["content"] for turn in pair.rejected[::2]]
-    return next(one for one in samples if one.id == pair.id and [turn.text for turn in one.turns] == lost)
+def _sample(task: str, side: Sequence[Message], samples: Iterable[Trajectory]) -> Trajectory:
+    """The sample that a pair's side is."""
+    said = [turn["content"] for turn in side[::2]]
+    return next(one for one in samples if one.id == task and [turn.text for turn in one.turns] == said)
 
 
 if __name__ == "__main__":
